@@ -1,0 +1,116 @@
+// Portable kernels: eight floats that the compiler maps to whatever the baseline offers.
+#include "isa.h"
+#include "numeric.h"
+#include "sign_masks.h"
+
+namespace pcdvq {
+namespace {
+
+struct Vec8 {
+  static constexpr int64_t kLanes = 8;
+  float v[8];
+
+  template <class F>
+  static inline __attribute__((always_inline)) Vec8 make(F lane) {
+    Vec8 r;
+    for (int i = 0; i < 8; ++i) r.v[i] = lane(i);
+    return r;
+  }
+
+  static Vec8 load(const float* p) {
+    return make([=](int i) { return p[i]; });
+  }
+  static Vec8 broadcast(float value) {
+    return make([=](int) { return value; });
+  }
+  void store(float* p) const { std::memcpy(p, v, sizeof(v)); }
+
+  // Four floats at each pointer.
+  static Vec8 load4(const float* a, const float* b) {
+    return make([=](int i) { return i < 4 ? a[i] : b[i - 4]; });
+  }
+  // Two floats at each pointer.
+  static Vec8 load2(const float* a, const float* b, const float* c, const float* d) {
+    return {{a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]}};
+  }
+  // Eight int8, or four at each pointer.
+  static Vec8 load8_int8(const int8_t* p) { return load4_int8(p, p + 4); }
+  static Vec8 load4_int8(const int8_t* a, const int8_t* b) {
+    return make([=](int i) { return float(i < 4 ? a[i] : b[i - 4]); });
+  }
+
+  // Elements [i, i + 8) of a tensor, as fp32.
+  static Vec8 load_converted(const void* base, int32_t dtype, int64_t i) {
+    return make([=](int j) { return load_element(base, dtype, i + j); });
+  }
+
+  Vec8 negate(uint32_t signs) const {
+    const uint32_t* mask = kSignMasks.lanes[signs];
+    return make([=](int i) { return bits_to_float(float_to_bits(v[i]) ^ mask[i]); });
+  }
+
+  // (a, b) -> (a + b, a - b) for lanes 1, 2 or 4 apart.
+  Vec8 butterfly1() const { return butterfly(1); }
+  Vec8 butterfly2() const { return butterfly(2); }
+  Vec8 butterfly4() const { return butterfly(4); }
+
+  static float sum(const float* p) { return load(p).sum(); }
+  float sum() const {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  }
+
+ private:
+  Vec8 butterfly(int half) const {
+    return make([=](int i) { return i & half ? v[i - half] - v[i] : v[i] + v[i + half]; });
+  }
+};
+
+inline Vec8 operator+(Vec8 a, Vec8 b) {
+  return Vec8::make([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Vec8 operator-(Vec8 a, Vec8 b) {
+  return Vec8::make([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Vec8 operator*(Vec8 a, Vec8 b) {
+  return Vec8::make([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Vec8 fma(Vec8 a, Vec8 b, Vec8 c) { return a * b + c; }
+
+using Vec = Vec8;
+
+template <class C>
+inline Vec decode_vec(const C& codec, const uint8_t* bytes, int64_t bit) {
+  return codec.octet(bytes, bit);
+}
+
+struct Index {
+  int32_t v[8];
+  static Index load(const int32_t* p) {
+    Index r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+  }
+  void store(int32_t* p) const { std::memcpy(p, v, sizeof(v)); }
+};
+
+// Where score > best: best = score, index = c.
+inline void take_greater(Vec score, int32_t c, Vec& best, Index& index) {
+  for (int i = 0; i < 8; ++i) {
+    const bool greater = score.v[i] > best.v[i];
+    best.v[i] = greater ? score.v[i] : best.v[i];
+    index.v[i] = greater ? c : index.v[i];
+  }
+}
+
+}  // namespace
+}  // namespace pcdvq
+
+#include "codec.h"
+#include "rotate.h"
+#include "tile.h"
+
+#include "nearest.h"
+
+namespace pcdvq {
+const Kernels* scalar_kernels() { return &kKernels; }
+}  // namespace pcdvq

@@ -1,0 +1,61 @@
+// C interface of the CPU kernels (FORMAT.md defines the weight). Callers validate: every pointer,
+// shape and layout here is trusted, except the contents of the tensors.
+#pragma once
+
+#include <cstdint>
+
+#define PCDVQ_API __attribute__((visibility("default")))
+
+extern "C" {
+
+enum PcdvqDtype : int32_t { PCDVQ_F32 = 0, PCDVQ_BF16 = 1, PCDVQ_F16 = 2 };
+
+enum PcdvqIsa : int32_t {
+  PCDVQ_ISA_AUTO = 0,
+  PCDVQ_ISA_SCALAR = 1,
+  PCDVQ_ISA_AVX2 = 2,
+  PCDVQ_ISA_AVX512 = 3
+};
+
+enum PcdvqStatus : int32_t { PCDVQ_OK = 0, PCDVQ_NO_MEMORY = 1, PCDVQ_NO_ISA = 2 };
+
+struct PcdvqLayout {
+  int64_t hadamard_block;
+  int64_t vector_dim;
+  int64_t sign_bits;
+  int64_t parity;
+  int64_t pattern_bits;
+  int64_t magnitude_bits;
+};
+
+struct PcdvqLinear {
+  const void* x;              // x_dtype [m, k]
+  const uint8_t* qweight;     // [n, row_bytes]
+  const float* row_scale;     // [n]
+  const uint8_t* signs_in;    // [k / 8]
+  const int8_t* codewords;    // [2^(pattern_bits + parity + magnitude_bits), vector_dim]
+  const void* bias;           // bias_dtype [n], or null
+  void* out;                  // x_dtype [m, n]
+  int64_t m, n, k, row_bytes;
+  PcdvqLayout layout;
+  int32_t x_dtype, bias_dtype, threads, isa;
+};
+
+struct PcdvqNearest {
+  const float* x;          // [groups, dim]
+  const float* codewords;  // [count, dim]
+  const float* bias;       // [count]
+  int32_t* out;            // [groups]
+  int64_t groups, count;
+  int32_t dim, threads, isa;  // dim: 2, 4 or 8
+};
+
+// The best PcdvqIsa of this CPU.
+PCDVQ_API int32_t pcdvq_best_isa();
+
+// out = row_scale * (Q @ (H S x)) + bias. Returns a PcdvqStatus.
+PCDVQ_API int32_t pcdvq_linear(const PcdvqLinear* problem);
+
+// out[i] = argmax over c of x[i] . codewords[c] - bias[c], the lowest c of equals.
+PCDVQ_API int32_t pcdvq_nearest(const PcdvqNearest* problem);
+}

@@ -1,0 +1,89 @@
+// Eight floats in an AVX register. Needs avx2, fma and f16c.
+#pragma once
+
+#include <immintrin.h>
+
+#include "numeric.h"
+#include "sign_masks.h"
+
+namespace pcdvq {
+namespace {
+
+struct Vec8 {
+  static constexpr int64_t kLanes = 8;
+  __m256 v;
+
+  static Vec8 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec8 broadcast(float value) { return {_mm256_set1_ps(value)}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+
+  // Four floats at each pointer.
+  static Vec8 load4(const float* a, const float* b) {
+    return {_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1)};
+  }
+  // Two floats at each pointer.
+  static Vec8 load2(const float* a, const float* b, const float* c, const float* d) {
+    return {_mm256_insertf128_ps(_mm256_castps128_ps256(pairs(a, b)), pairs(c, d), 1)};
+  }
+  // Eight int8, or four at each pointer.
+  static Vec8 load8_int8(const int8_t* p) {
+    const __m128i values = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values))};
+  }
+  static Vec8 load4_int8(const int8_t* a, const int8_t* b) {
+    const __m128i low = _mm_cvtepi8_epi32(_mm_cvtsi32_si128(load_as<int32_t>(a)));
+    const __m128i high = _mm_cvtepi8_epi32(_mm_cvtsi32_si128(load_as<int32_t>(b)));
+    return {_mm256_cvtepi32_ps(_mm256_set_m128i(high, low))};
+  }
+
+  // Elements [i, i + 8) of a tensor, as fp32.
+  static Vec8 load_converted(const void* base, int32_t dtype, int64_t i) {
+    if (dtype == PCDVQ_F32) return load(static_cast<const float*>(base) + i);
+    const auto* words = reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(base) + i);
+    const __m128i half = _mm_loadu_si128(words);
+    if (dtype == PCDVQ_F16) return {_mm256_cvtph_ps(half)};
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+  }
+
+  Vec8 negate(uint32_t signs) const {
+    const auto* mask = reinterpret_cast<const float*>(kSignMasks.lanes[signs]);
+    return {_mm256_xor_ps(v, _mm256_load_ps(mask))};
+  }
+
+  // (a, b) -> (a + b, a - b) for lanes 1, 2 or 4 apart.
+  Vec8 butterfly1() const {
+    const __m256 low = _mm256_moveldup_ps(v), high = _mm256_movehdup_ps(v);
+    return {_mm256_add_ps(low, flip(high, 0xAA))};
+  }
+  Vec8 butterfly2() const {
+    const __m256 low = _mm256_permute_ps(v, 0x44), high = _mm256_permute_ps(v, 0xEE);
+    return {_mm256_add_ps(low, flip(high, 0xCC))};
+  }
+  Vec8 butterfly4() const {
+    const __m256 low = _mm256_permute2f128_ps(v, v, 0x00);
+    const __m256 high = _mm256_permute2f128_ps(v, v, 0x11);
+    return {_mm256_add_ps(low, flip(high, 0xF0))};
+  }
+
+  static float sum(const float* p) { return load(p).sum(); }
+  float sum() const {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+
+ private:
+  static __m128 pairs(const float* a, const float* b) {
+    const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(a));
+    return _mm_castpd_ps(_mm_loadh_pd(low, reinterpret_cast<const double*>(b)));
+  }
+  static __m256 flip(__m256 value, int signs) { return Vec8{value}.negate(uint32_t(signs)).v; }
+};
+
+inline Vec8 operator+(Vec8 a, Vec8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec8 operator-(Vec8 a, Vec8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec8 operator*(Vec8 a, Vec8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec8 fma(Vec8 a, Vec8 b, Vec8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+}  // namespace
+}  // namespace pcdvq

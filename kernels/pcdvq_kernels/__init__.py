@@ -1,0 +1,1 @@
+"""PCDVQ checkpoint format, reference mathematics and kernels."""

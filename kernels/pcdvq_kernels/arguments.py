@@ -1,0 +1,134 @@
+"""Checks of `pcdvq::linear`'s arguments, the same for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pcdvq_kernels.errors import PCDVQError
+
+MAX_CODE_BITS = 24
+ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class LayoutFields(NamedTuple):
+    """The integers of the op's `layout` argument; `CodebookSpec` has the field meanings."""
+
+    hadamard_block: int
+    vector_dim: int
+    sign_bits: int
+    parity: int
+    pattern_bits: int
+    magnitude_bits: int
+
+    @property
+    def code_bits(self) -> int:
+        return self.sign_bits + self.pattern_bits + self.magnitude_bits
+
+    @property
+    def codeword_count(self) -> int:
+        return 1 << (self.pattern_bits + self.parity + self.magnitude_bits)
+
+
+class LinearShape(NamedTuple):
+    """What the layout says about the tensors of a layer of K columns."""
+
+    layout: LayoutFields
+    row_bytes: int
+    codewords_shape: tuple[int, int]
+
+
+@lru_cache(maxsize=256)
+def _linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
+    if len(layout) != len(LayoutFields._fields):
+        raise PCDVQError(
+            f"layout has {len(layout)} integers, expected {len(LayoutFields._fields)}: "
+            f"{', '.join(LayoutFields._fields)}. Make it with pcdvq_kernels.ops.Layout."
+        )
+    fields = LayoutFields(*layout)
+    block = fields.hadamard_block
+    problems = {
+        "vector_dim must be 2, 4 or 8": fields.vector_dim not in (2, 4, 8),
+        "sign_bits must be 0 or vector_dim": fields.sign_bits not in (0, fields.vector_dim),
+        "parity must be 0, or 1 with sign bits": fields.parity not in (0, 1)
+        or fields.parity > fields.sign_bits,
+        "pattern_bits must be in [1, 16]": not 1 <= fields.pattern_bits <= 16,
+        "magnitude_bits must be in [0, 4]": not 0 <= fields.magnitude_bits <= 4,
+        f"code bits must be at most {MAX_CODE_BITS}": fields.code_bits > MAX_CODE_BITS,
+        "hadamard_block must be a power of two": block < 1 or block & (block - 1),
+        "K must be a positive multiple of 8": in_features < 8 or in_features % 8,
+    }
+    for problem, present in problems.items():
+        if present:
+            raise PCDVQError(f"{problem}; K is {in_features}, layout is {fields}")
+    if in_features % block:
+        raise PCDVQError(
+            f"hadamard_block {block} does not divide K = {in_features}; use the checkpoint's "
+            "hadamard_blocks entry, or a smaller tensor-parallel size"
+        )
+    row_bytes = -(-(in_features // fields.vector_dim) * fields.code_bits // 8)
+    return LinearShape(fields, row_bytes, (fields.codeword_count, fields.vector_dim))
+
+
+def check_linear(
+    x: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    bias: Tensor | None,
+    layout: Sequence[int],
+) -> LinearShape:
+    """Raise PCDVQError (a ValueError) unless the arguments of `pcdvq::linear` fit together."""
+    if x.dtype not in ACTIVATION_DTYPES or x.dim() < 1:
+        raise PCDVQError(f"x is {_describe(x)}; expected bf16, fp16 or fp32 [..., K]")
+    in_features = x.shape[-1]
+    shape = _linear_shape(tuple(layout), in_features)
+    out_features = qweight.shape[0] if qweight.dim() else 0
+    device = x.device
+    _expect("qweight", qweight, torch.uint8, (out_features, shape.row_bytes), device)
+    _expect("row_scale", row_scale, torch.float32, (out_features,), device)
+    _expect("signs_in", signs_in, torch.uint8, (in_features // 8,), device)
+    _expect("codewords", codewords, torch.int8, shape.codewords_shape, device)
+    if bias is not None:
+        if not bias.is_floating_point():
+            raise PCDVQError(f"bias is {_describe(bias)}; expected a float dtype")
+        _expect("bias", bias, bias.dtype, (out_features,), device)
+    return shape
+
+
+def _expect(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device:
+        raise PCDVQError(
+            f"{name} is {_describe(tensor)}; expected {dtype} {list(shape)} on {device}. "
+            "The layer's tensors, its layout and x must come from the same checkpoint entry."
+        )
+    if not tensor.is_contiguous():
+        raise PCDVQError(f"{name} has strides {tensor.stride()}; call .contiguous() on it once")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+def check_nearest(x: Tensor, codewords: Tensor, bias: Tensor) -> None:
+    """Raise PCDVQError unless the arguments of `nearest_codeword` fit together."""
+    if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] not in (2, 4, 8):
+        raise PCDVQError(f"x is {_describe(x)}; expected fp32 [G, dim] with dim 2, 4 or 8")
+    count = codewords.shape[0] if codewords.dim() else 0
+    if not 1 <= count < 1 << 31:
+        raise PCDVQError(f"codewords is {_describe(codewords)}; expected at least one codeword")
+    for name, tensor, shape in (
+        ("codewords", codewords, (count, x.shape[1])),
+        ("bias", bias, (count,)),
+    ):
+        if tensor.dtype != x.dtype or tensor.shape != shape or tensor.device != x.device:
+            raise PCDVQError(
+                f"{name} is {_describe(tensor)}; expected {x.dtype} {list(shape)} on {x.device}"
+            )

@@ -1,0 +1,233 @@
+"""Reading and checking checkpoint directories (FORMAT.md) without loading their weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.config import PCDVQCheckpointConfig
+from pcdvq_kernels.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+CODEBOOK_FILE = "pcdvq_codebooks.safetensors"
+REPORT_FILE = "pcdvq_report.json"
+
+QWEIGHT, ROW_SCALE, SIGNS_IN = "qweight", "row_scale", "signs_in"
+PACKED_TENSORS = (QWEIGHT, ROW_SCALE, SIGNS_IN)
+DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2}
+REMEDY = "The checkpoint is damaged or incomplete: copy it again or quantize again."
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a safetensors header describes it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        size = DTYPE_BYTES.get(self.dtype, 1)
+        for length in self.shape:
+            size *= length
+        return size
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """Sizes of one quantized layer."""
+
+    out_features: int
+    in_features: int
+    codebook: str
+    bytes: int
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.weights
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint directory.
+
+    Attributes:
+        directory: where it is.
+        config: its `quantization_config`.
+        codebooks: codebook id to tables.
+        tensors: every tensor of the model by name.
+        layers: every quantized layer by name.
+    """
+
+    directory: Path
+    config: PCDVQCheckpointConfig
+    codebooks: dict[str, Codebook]
+    tensors: dict[str, TensorInfo]
+    layers: dict[str, LayerInfo]
+
+    @property
+    def codebook_bytes(self) -> int:
+        return sum(
+            tables.directions.numel() + tables.magnitudes.numel()
+            for tables in self.codebooks.values()
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All stored bits of the quantized layers and codebooks over their weights."""
+        packed = sum(layer.bytes for layer in self.layers.values()) + self.codebook_bytes
+        return 8 * packed / sum(layer.weights for layer in self.layers.values())
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Open `directory` and check every header of it against its configuration.
+
+    Raises:
+        CheckpointError: anything that would not serve, naming the tensor or file.
+    """
+    config = PCDVQCheckpointConfig.parse(read_quantization_config(directory))
+    if not config.layers:
+        raise CheckpointError(f"{directory}: quantization_config.layers is empty. {REMEDY}")
+    tensors = _read_headers(directory)
+    layers = {
+        name: _check_layer(name, codebook, config, tensors)
+        for name, codebook in config.layers.items()
+    }
+    _check_no_strays(config, tensors)
+    return Checkpoint(
+        directory, config, load_codebooks(directory / CODEBOOK_FILE, config), tensors, layers
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. {REMEDY}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). {REMEDY}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object. {REMEDY}")
+    return value
+
+
+def read_quantization_config(directory: Path) -> dict[str, Any]:
+    """The `quantization_config` object of `directory`/config.json, {} if it has none."""
+    value = read_json(directory / "config.json").get("quantization_config", {})
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{directory}/config.json: quantization_config is not an object")
+    return value
+
+
+def load_codebooks(path: Path, config: PCDVQCheckpointConfig) -> dict[str, Codebook]:
+    """Load the codebooks that `config` names from `path`, a safetensors file.
+
+    Raises:
+        CheckpointError: a table is missing, of another shape or dtype, or out of the limits.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            wanted = {f"{id}.{table}" for id in config.codebooks for table in _TABLES}
+            _compare(f"{path}", wanted, names)
+            return {
+                id: Codebook(spec, *(file.get_tensor(f"{id}.{table}") for table in _TABLES))
+                for id, spec in config.codebooks.items()
+            }
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing. {REMEDY}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). {REMEDY}") from None
+
+
+_TABLES = ("directions", "magnitudes")
+
+
+def _read_headers(directory: Path) -> dict[str, TensorInfo]:
+    """Headers of every shard of the index; each must hold what the index says, no more."""
+    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{directory / INDEX_FILE} has no weight_map. {REMEDY}")
+    shards: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{INDEX_FILE}: {shard!r} is not a file name. {REMEDY}")
+        shards.setdefault(shard, set()).add(name)
+    tensors: dict[str, TensorInfo] = {}
+    for shard, expected in shards.items():
+        path = directory / shard
+        try:
+            with safe_open(path, framework="pt") as file:
+                _compare(f"{path}", expected, set(file.keys()))
+                for name in expected:
+                    view = file.get_slice(name)
+                    tensors[name] = TensorInfo(path, view.get_dtype(), tuple(view.get_shape()))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing. {REMEDY}") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} cannot be read ({error}). {REMEDY}") from None
+    return tensors
+
+
+def _check_layer(
+    name: str, codebook: str, config: PCDVQCheckpointConfig, tensors: dict[str, TensorInfo]
+) -> LayerInfo:
+    packed = [f"{name}.{suffix}" for suffix in PACKED_TENSORS]
+    for tensor in packed:
+        if tensor not in tensors:
+            raise CheckpointError(f"tensor {tensor} is missing. {REMEDY}")
+    qweight, row_scale, signs_in = (tensors[tensor] for tensor in packed)
+    _check_tensor(packed[1], row_scale, "BF16", (max(row_scale.shape, default=0),))
+    _check_tensor(packed[2], signs_in, "U8", (max(signs_in.shape, default=0),))
+    out_features, in_features = row_scale.shape[0], 8 * signs_in.shape[0]
+    if not out_features or not in_features:
+        raise CheckpointError(f"layer {name} is empty: [{out_features}, {in_features}]. {REMEDY}")
+    config.block(in_features)
+    row_bytes = config.codebooks[codebook].row_bytes(in_features)
+    _check_tensor(packed[0], qweight, "U8", (out_features, row_bytes))
+    size = qweight.bytes + row_scale.bytes + signs_in.bytes
+    return LayerInfo(out_features, in_features, codebook, size)
+
+
+def _check_tensor(name: str, info: TensorInfo, dtype: str, shape: tuple[int, ...]) -> None:
+    if info.dtype != dtype:
+        raise CheckpointError(f"tensor {name} is {info.dtype}, the format asks for {dtype}")
+    if info.shape != shape:
+        raise CheckpointError(
+            f"tensor {name} is {list(info.shape)}, expected {list(shape)}. {REMEDY}"
+        )
+
+
+def _check_no_strays(config: PCDVQCheckpointConfig, tensors: Iterable[str]) -> None:
+    for tensor in tensors:
+        layer, _, suffix = tensor.rpartition(".")
+        if (suffix in PACKED_TENSORS) != (layer in config.layers) and suffix not in ("bias",):
+            raise CheckpointError(
+                f"tensor {tensor} does not belong: quantization_config.layers "
+                f"{'lists' if layer in config.layers else 'does not list'} {layer}. {REMEDY}"
+            )
+
+
+def _compare(where: str, expected: set[str], found: set[str]) -> None:
+    if missing := sorted(expected - found):
+        raise CheckpointError(f"{where} lacks tensor {missing[0]} ({len(missing)} in all). {REMEDY}")
+    if extra := sorted(found - expected):
+        raise CheckpointError(
+            f"{where} holds unexpected tensor {extra[0]} ({len(extra)} in all). {REMEDY}"
+        )

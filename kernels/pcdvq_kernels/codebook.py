@@ -1,0 +1,91 @@
+"""Codebooks: the direction and magnitude tables, and what a code decodes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.errors import CheckpointError
+
+MAX_LEVEL = 127
+MAX_MAGNITUDE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """Tables of one codebook (FORMAT.md, "Codebooks").
+
+    Attributes:
+        spec: layout of the codes.
+        directions: int8 [spec.rows, spec.vector_dim].
+        magnitudes: uint8 [2 ** spec.magnitude_bits].
+    """
+
+    spec: CodebookSpec
+    directions: Tensor
+    magnitudes: Tensor
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        _expect("directions", self.directions, torch.int8, (spec.rows, spec.vector_dim))
+        _expect("magnitudes", self.magnitudes, torch.uint8, (1 << spec.magnitude_bits,))
+        lowest = int(self.directions.min())
+        if lowest < (0 if spec.signs else -MAX_LEVEL):
+            raise CheckpointError(f"codebook directions hold {lowest}, below the format's limit")
+        smallest, largest = int(self.magnitudes.min()), int(self.magnitudes.max())
+        if smallest < 1 or largest > MAX_MAGNITUDE:
+            raise CheckpointError(
+                f"codebook magnitudes lie in [{smallest}, {largest}], the format's limits are "
+                f"[1, {MAX_MAGNITUDE}]"
+            )
+        highest = int(self._levels().abs().max())
+        if highest > MAX_LEVEL:
+            raise CheckpointError(f"codebook levels reach {highest}, over the limit {MAX_LEVEL}")
+
+    def _levels(self) -> Tensor:
+        """int32 [2 ** magnitude_bits, rows, vector_dim], before signs."""
+        directions = self.directions.to(torch.int32)
+        magnitudes = self.magnitudes.to(torch.int32).view(-1, 1, 1)
+        return (directions * magnitudes + (1 << self.spec.shift >> 1)) >> self.spec.shift
+
+    def codewords(self) -> Tensor:
+        """Levels before signs, int8 [2 ** magnitude_bits * rows, vector_dim].
+
+        Row `magnitude * rows + row` belongs to a code whose fields select `row` and `magnitude`.
+        """
+        return self._levels().flatten(0, 1).to(torch.int8)
+
+    def codeword_index(self, codes: Tensor) -> Tensor:
+        """Rows of `codewords()` that `codes` (int64, any shape) select."""
+        spec = self.spec
+        row = (codes >> spec.sign_bits) & ((1 << spec.pattern_bits) - 1)
+        if spec.parity:
+            row = 2 * row + _sign_matrix(codes, spec.vector_dim).sum(-1) % 2
+        magnitude = (codes >> (spec.sign_bits + spec.pattern_bits)) & (
+            (1 << spec.magnitude_bits) - 1
+        )
+        return magnitude * spec.rows + row
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Levels of `codes` (int64 [...]): int8 [..., vector_dim]."""
+        levels = self.codewords()[self.codeword_index(codes)]
+        if self.spec.signs:
+            negative = _sign_matrix(codes, self.spec.vector_dim).bool()
+            levels = torch.where(negative, -levels, levels)
+        return levels
+
+
+def _sign_matrix(codes: Tensor, vector_dim: int) -> Tensor:
+    """Sign bits of `codes` (int64 [...]) as 0/1, int64 [..., vector_dim]."""
+    return (codes.unsqueeze(-1) >> torch.arange(vector_dim, device=codes.device)) & 1
+
+
+def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"codebook {name} is {tensor.dtype} {list(tensor.shape)}, "
+            f"its configuration asks for {dtype} {list(shape)}"
+        )

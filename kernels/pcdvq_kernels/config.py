@@ -1,0 +1,125 @@
+"""The `quantization_config` of a checkpoint (FORMAT.md), parsed strictly."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pcdvq_kernels.errors import CheckpointError
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "pcdvq"
+
+
+class CodebookSpec(BaseModel):
+    """Layout of one codebook's codes; the tables are in `Codebook`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    codec: Literal["signed", "e8"]
+    vector_dim: Literal[2, 4, 8]
+    signs: bool
+    parity: bool
+    pattern_bits: int = Field(ge=1, le=16)
+    magnitude_bits: int = Field(ge=0, le=4)
+    shift: int = Field(ge=0, le=7)
+
+    @model_validator(mode="after")
+    def _check(self) -> CodebookSpec:
+        if self.parity and not self.signs:
+            raise ValueError("parity needs signs: it is the parity of the sign bits")
+        if self.code_bits > 24:
+            raise ValueError(f"a code of {self.code_bits} bits is over the limit of 24")
+        return self
+
+    @property
+    def sign_bits(self) -> int:
+        return self.vector_dim if self.signs else 0
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one group's code."""
+        return self.sign_bits + self.pattern_bits + self.magnitude_bits
+
+    @property
+    def bits(self) -> float:
+        """Nominal bits per weight: codes only."""
+        return self.code_bits / self.vector_dim
+
+    @property
+    def rows(self) -> int:
+        """Rows of the direction table."""
+        return 1 << (self.pattern_bits + self.parity)
+
+    def row_bytes(self, in_features: int) -> int:
+        """Bytes of one row of `qweight`."""
+        return -(-(in_features // self.vector_dim) * self.code_bits // 8)
+
+
+class PCDVQCheckpointConfig(BaseModel):
+    """The whole `quantization_config` object of config.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    quant_method: Literal["pcdvq"]
+    format_version: int
+    codebooks: dict[str, CodebookSpec]
+    layers: dict[str, str]
+    hadamard_blocks: dict[str, int]
+    max_tp: int = Field(ge=1)
+    modules_to_not_convert: list[str]
+
+    @model_validator(mode="after")
+    def _check(self) -> PCDVQCheckpointConfig:
+        for layer, codebook in self.layers.items():
+            if codebook not in self.codebooks:
+                known = ", ".join(sorted(self.codebooks))
+                raise ValueError(f"layer {layer} uses unknown codebook {codebook!r}; known: {known}")
+        for in_features, block in self.hadamard_blocks.items():
+            if not in_features.isdecimal() or int(in_features) < 8:
+                raise ValueError(f"hadamard_blocks: {in_features!r} is not an input size")
+            if block < 1 or block & (block - 1) or int(in_features) % block:
+                raise ValueError(
+                    f"hadamard_blocks: {block} is not a power of two that divides {in_features}"
+                )
+        return self
+
+    @classmethod
+    def parse(cls, config: dict[str, Any]) -> PCDVQCheckpointConfig:
+        """Parse `config`, a `quantization_config` object.
+
+        Raises:
+            CheckpointError: not PCDVQ, an unknown format version or codec, or any malformed field.
+        """
+        method = config.get("quant_method")
+        if method != QUANT_METHOD:
+            raise CheckpointError(
+                f"not a PCDVQ checkpoint: quant_method is {method!r}, expected {QUANT_METHOD!r}. "
+                "Make one with `pcdvq quantize MODEL OUT`."
+            )
+        version = config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"format_version is {version!r}, this release reads version {FORMAT_VERSION}. "
+                "Upgrade vllm-pcdvq or quantize the model again."
+            )
+        try:
+            return cls.model_validate(config)
+        except ValidationError as error:
+            lines = [
+                f"{'.'.join(map(str, item['loc'])) or 'quantization_config'}: {item['msg']}"
+                for item in error.errors()
+            ]
+            raise CheckpointError(
+                "bad quantization_config in config.json: " + "; ".join(lines)
+            ) from error
+
+    def block(self, in_features: int) -> int:
+        """Hadamard block for layers of `in_features` columns."""
+        try:
+            return self.hadamard_blocks[str(in_features)]
+        except KeyError:
+            raise CheckpointError(
+                f"hadamard_blocks has no entry for input size {in_features}; quantize again"
+            ) from None

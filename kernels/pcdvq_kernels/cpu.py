@@ -1,0 +1,207 @@
+"""The compiled CPU kernels (kernels/csrc), bound with ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch  # loads the OpenMP runtime that the library must share
+from torch import Tensor
+
+from pcdvq_kernels.arguments import ACTIVATION_DTYPES, check_linear, check_nearest
+from pcdvq_kernels.errors import PCDVQError
+
+LIBRARY = Path(__file__).with_name("_cpu.so")
+ISAS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3}
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NO_MEMORY = 1
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "hadamard_block",
+            "vector_dim",
+            "sign_bits",
+            "parity",
+            "pattern_bits",
+            "magnitude_bits",
+        )
+    )
+
+
+class _Linear(ctypes.Structure):
+    """PcdvqLinear of kernels/csrc/pcdvq.h."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "qweight", "row_scale", "signs_in", "codewords", "bias", "out")
+        ),
+        *((name, ctypes.c_int64) for name in ("m", "n", "k", "row_bytes")),
+        ("layout", _Layout),
+        *((name, ctypes.c_int32) for name in ("x_dtype", "bias_dtype", "threads", "isa")),
+    )
+
+
+class _Nearest(ctypes.Structure):
+    """PcdvqNearest of kernels/csrc/pcdvq.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "codewords", "bias", "out")),
+        *((name, ctypes.c_int64) for name in ("groups", "count")),
+        *((name, ctypes.c_int32) for name in ("dim", "threads", "isa")),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError:
+        return None
+    library.pcdvq_linear.argtypes = (ctypes.POINTER(_Linear),)
+    library.pcdvq_nearest.argtypes = (ctypes.POINTER(_Nearest),)
+    return library
+
+
+def available() -> bool:
+    """Whether the compiled kernels are installed and can be loaded."""
+    return _library() is not None
+
+
+def isas() -> list[str]:
+    """Instruction sets this CPU can run, best last; empty without the compiled kernels."""
+    library = _library()
+    best = 0 if library is None else library.pcdvq_best_isa()
+    return [name for name, number in ISAS.items() if 0 < number <= best]
+
+
+def _isa_number(isa: str) -> int:
+    if isa not in ISAS or (isa != "auto" and isa not in isas()):
+        raise PCDVQError(f"isa {isa!r} is not available here; choose from {['auto', *isas()]}")
+    return ISAS[isa]
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise PCDVQError(
+            f"the compiled CPU kernels are missing: {LIBRARY} cannot be loaded. Install g++ "
+            "(apt-get install g++, or dnf install gcc-c++) and reinstall vllm-pcdvq."
+        )
+    return library
+
+
+def _check_device(x: Tensor) -> None:
+    if x.device.type != "cpu":
+        raise PCDVQError(f"x is on {x.device}; the CPU kernels need CPU tensors")
+
+
+def _check_status(status: int, what: str) -> None:
+    if status == _NO_MEMORY:
+        raise MemoryError(f"no memory for the scratch of {what}")
+    if status:
+        raise RuntimeError(f"{what} failed with status {status}")
+
+
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    bias: Tensor | None,
+    layout: Sequence[int],
+    *,
+    isa: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """`pcdvq::linear` on the CPU; the arguments are the op's (see `ops`).
+
+    The result for a row of x does not depend on the other rows or on the number of threads.
+
+    Args:
+        isa: "auto" or one of `isas()`.
+        out: buffer to write, contiguous, x.dtype [..., N]; by default a new one.
+
+    Raises:
+        PCDVQError: arguments that do not fit together, or an unavailable `isa`.
+    """
+    library = _loaded()
+    fields, row_bytes, _ = check_linear(x, qweight, row_scale, signs_in, codewords, bias, layout)
+    _check_device(x)
+    k, n = x.shape[-1], qweight.shape[0]
+    x = x.contiguous()
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], n))
+    elif out.dtype != x.dtype or out.shape != (*x.shape[:-1], n) or not out.is_contiguous():
+        raise PCDVQError(
+            f"out is {out.dtype} {list(out.shape)}; expected contiguous {x.dtype} "
+            f"{[*x.shape[:-1], n]}"
+        )
+    if bias is not None and bias.dtype not in ACTIVATION_DTYPES:
+        bias = bias.float()
+    status = library.pcdvq_linear(
+        _Linear(
+            x.data_ptr(),
+            qweight.data_ptr(),
+            row_scale.data_ptr(),
+            signs_in.data_ptr(),
+            codewords.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            x.numel() // k,
+            n,
+            k,
+            row_bytes,
+            fields,
+            _DTYPES[x.dtype],
+            0 if bias is None else _DTYPES[bias.dtype],
+            torch.get_num_threads(),
+            0 if isa == "auto" else _isa_number(isa),
+        )
+    )
+    _check_status(status, f"pcdvq::linear [{x.numel() // k}, {k}] x [{n}, {k}]")
+    return out
+
+
+def nearest(x: Tensor, codewords: Tensor, bias: Tensor, *, isa: str = "auto") -> Tensor:
+    """Nearest codeword of each group: argmax over c of x . codewords[c] - bias[c].
+
+    Args:
+        x: fp32 [G, dim], dim 2, 4 or 8, on the CPU, finite.
+        codewords: fp32 [C, dim].
+        bias: fp32 [C]; half the squared norms for the nearest in Euclidean distance.
+        isa: "auto" or one of `isas()`.
+
+    Returns:
+        int32 [G]; of equal scores the lowest index.
+
+    Raises:
+        PCDVQError: other dtypes, shapes or devices.
+    """
+    library = _loaded()
+    check_nearest(x, codewords, bias)
+    _check_device(x)
+    x, codewords, bias = x.contiguous(), codewords.contiguous(), bias.contiguous()
+    out = torch.empty(x.shape[0], dtype=torch.int32)
+    status = library.pcdvq_nearest(
+        _Nearest(
+            x.data_ptr(),
+            codewords.data_ptr(),
+            bias.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            codewords.shape[0],
+            x.shape[1],
+            torch.get_num_threads(),
+            _isa_number(isa),
+        )
+    )
+    _check_status(status, "nearest codeword")
+    return out

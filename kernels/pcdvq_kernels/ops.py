@@ -1,0 +1,89 @@
+"""The `pcdvq::linear` operator: y = R (Q H S x) + b from packed codes (FORMAT.md).
+
+    torch.ops.pcdvq.linear(x, qweight, row_scale, signs_in, codewords, bias, layout) -> Tensor
+
+    x          bf16, fp16 or fp32 [..., K]; any M = product of the leading sizes, also 0
+    qweight    uint8 [N, row_bytes], the checkpoint's codes
+    row_scale  fp32 [N]
+    signs_in   uint8 [K / 8]
+    codewords  int8 [2 ** magnitude_bits * rows, vector_dim], `Codebook.codewords()`
+    bias       any float dtype [N], or None
+    layout     `Layout(...).to_ints()`
+    returns    x.dtype [..., N]
+
+Importing this module registers the operator. It raises PCDVQError (a ValueError) for arguments
+that do not fit together. On the CPU the result for a row of x does not depend on the other rows
+or on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pcdvq_kernels import cpu, fallback
+from pcdvq_kernels.config import CodebookSpec
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layer's codes and activations are laid out: the operator's `layout` argument.
+
+    Attributes:
+        hadamard_block: Hadamard block size for the layer's K.
+        spec: layout of its codebook's codes.
+    """
+
+    hadamard_block: int
+    spec: CodebookSpec
+
+    def to_ints(self) -> list[int]:
+        spec = self.spec
+        return [
+            self.hadamard_block,
+            spec.vector_dim,
+            spec.sign_bits,
+            int(spec.parity),
+            spec.pattern_bits,
+            spec.magnitude_bits,
+        ]
+
+
+def _linear_cpu(
+    x: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    bias: Tensor | None,
+    layout: Sequence[int],
+) -> Tensor:
+    run = cpu.linear if cpu.available() else fallback.linear
+    return run(x, qweight, row_scale, signs_in, codewords, bias, layout)
+
+
+def _linear_fake(
+    x: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    bias: Tensor | None,
+    layout: Sequence[int],
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+# Registrations last as long as this object.
+_LIBRARY = torch.library.Library("pcdvq", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor qweight, Tensor row_scale, Tensor signs_in, Tensor codewords, "
+    "Tensor? bias, int[] layout) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.impl("linear", fallback.linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _linear_cpu, "CPU")
+torch.library.register_fake("pcdvq::linear", _linear_fake, lib=_LIBRARY)

@@ -1,0 +1,1 @@
+"""Offline quantizer: writes PCDVQ checkpoints. Needs no vLLM."""

@@ -1,0 +1,106 @@
+"""The codebooks the quantizer offers, by codec and rate."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib import resources
+from pathlib import Path
+
+from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.errors import PCDVQError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pcdvq_quantizer.codebooks.e8 import make_e8_tables
+from pcdvq_quantizer.encode import Encoder
+
+E8_DIRECTION_BITS = {2.0: 14, 2.25: 16}
+OFFERED = {"signed": (2.0, 2.25, 3.0, 4.0), "e8": tuple(E8_DIRECTION_BITS)}
+
+
+@dataclass(frozen=True)
+class NamedCodebook:
+    """A codebook as the quantizer uses it.
+
+    Attributes:
+        id: its name in checkpoints, such as `signed-2`.
+        codebook: the tables.
+        unit: levels per standard deviation: N(0, 1) weights times `unit` are encoded best.
+    """
+
+    id: str
+    codebook: Codebook
+    unit: float
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.codebook)
+
+
+@cache
+def get_codebook(codec: str, bits: float) -> NamedCodebook:
+    """The codebook of `codec` at `bits` per weight.
+
+    Raises:
+        PCDVQError: the codec or the rate is not offered.
+    """
+    if codec not in OFFERED:
+        raise PCDVQError(f"codec {codec!r} is not offered; choose one of {', '.join(OFFERED)}")
+    if bits not in OFFERED[codec]:
+        rates = ", ".join(f"{rate:g}" for rate in OFFERED[codec])
+        raise PCDVQError(f"codec {codec} does not offer {bits:g} bits per weight; choose {rates}")
+    id = f"{codec}-{bits:g}"
+    if codec == "signed":
+        with resources.as_file(resources.files(__package__) / "tables") as tables:
+            return load_codebook(id, tables / f"{id}.safetensors")
+    return _cached_e8(id, E8_DIRECTION_BITS[bits])
+
+
+def save_codebook(codebook: NamedCodebook, path: Path) -> None:
+    """Write the tables of `codebook` to `path`, its layout and unit as metadata."""
+    spec, tables = codebook.codebook.spec, codebook.codebook
+    save_file(
+        {"directions": tables.directions.contiguous(), "magnitudes": tables.magnitudes},
+        path,
+        {"spec": spec.model_dump_json(), "unit": repr(codebook.unit)},
+    )
+
+
+def load_codebook(id: str, path: Path) -> NamedCodebook:
+    """Read what `save_codebook` wrote."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        spec = CodebookSpec.model_validate_json(metadata["spec"])
+        tables = Codebook(spec, file.get_tensor("directions"), file.get_tensor("magnitudes"))
+    return NamedCodebook(id, tables, float(metadata["unit"]))
+
+
+def _cached_e8(id: str, direction_bits: int) -> NamedCodebook:
+    """Generate an E8 codebook, or read the copy an earlier run left in the cache."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache_home / "pcdvq" / f"{id}-v1.safetensors"
+    with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
+        return load_codebook(id, path)
+    spec = CodebookSpec(
+        codec="e8",
+        vector_dim=8,
+        signs=False,
+        parity=False,
+        pattern_bits=direction_bits,
+        magnitude_bits=2,
+        shift=7,
+    )
+    directions, magnitudes, unit = make_e8_tables(direction_bits)
+    codebook = NamedCodebook(id, Codebook(spec, directions, magnitudes), unit)
+    # Not being able to cache costs only time.
+    with contextlib.suppress(OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            save_codebook(codebook, Path(scratch) / path.name)
+            os.replace(Path(scratch) / path.name, path)
+    return codebook

@@ -1,0 +1,101 @@
+"""Nearest codes of groups of rotated weights."""
+
+from __future__ import annotations
+
+import torch
+from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.nearest import nearest_codeword
+from torch import Tensor
+
+
+class Encoder:
+    """Encodes groups with one codebook.
+
+    A direction is chosen by its angle to the group and a magnitude by the group's length, as in the
+    paper (arXiv 2506.05432, section 3.2) for codec `e8`. For `signed`, whose patterns have lengths
+    of their own, the pair nearest to the group in Euclidean distance is chosen.
+    """
+
+    def __init__(self, codebook: Codebook) -> None:
+        self.codebook = codebook
+        spec = codebook.spec
+        self._signs = 1 << torch.arange(spec.vector_dim)  # [g]
+        if spec.signs:
+            codewords = codebook.codewords().float()
+            stride = 2 if spec.parity else 1
+            # One sub-table per parity of the sign bits: rows 2 * pattern + parity.
+            self._tables = [_Table.euclidean(codewords[parity::stride]) for parity in range(stride)]
+        else:
+            self._directions = _Table.angular(codebook.directions.float())
+            self._lengths = _direction_lengths(codebook)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of `x`.
+
+        Args:
+            x: fp32 [G, g], rotated weights in units of their row scale (levels).
+
+        Returns:
+            int64 [G], each in [0, 2 ** code_bits).
+        """
+        return self._encode_signed(x) if self.codebook.spec.signs else self._encode_table(x)
+
+    def _encode_table(self, x: Tensor) -> Tensor:
+        pattern = self._directions.nearest(x).long()
+        # |x| against the length each magnitude gives the mean direction: separate, as in the paper.
+        magnitude = torch.bucketize(x.norm(dim=1), (self._lengths[1:] + self._lengths[:-1]) / 2)
+        return pattern | magnitude << self.codebook.spec.pattern_bits
+
+    def _encode_signed(self, x: Tensor) -> Tensor:
+        spec = self.codebook.spec
+        negative = (x < 0).long()
+        signs = (negative * self._signs).sum(1)  # [G]
+        y = x.abs()
+        if not spec.parity:
+            return signs | self._index_to_fields(self._tables[0].nearest(y).long())
+        # The parity of the sign bits must be that of the sub-table. A group of the other parity
+        # pays by storing its smallest coordinate with the wrong sign.
+        smallest = y.argmin(1, keepdim=True)  # [G, 1]
+        flipped = y.scatter(1, smallest, -y.gather(1, smallest))
+        odd = negative.sum(1) % 2
+        codes, scores = [], []
+        for parity, table in enumerate(self._tables):
+            matches = odd == parity  # [G]
+            target = torch.where(matches.unsqueeze(1), y, flipped)
+            index = table.nearest(target).long()
+            stored = torch.where(matches, signs, signs ^ self._signs[smallest.squeeze(1)])
+            codes.append(stored | self._index_to_fields(index))
+            scores.append(table.score(target, index))
+        return torch.where(scores[1] > scores[0], codes[1], codes[0])
+
+    def _index_to_fields(self, index: Tensor) -> Tensor:
+        """Row of a sub-table, [magnitude][pattern], to the pattern and magnitude fields."""
+        return index << self.codebook.spec.sign_bits
+
+
+class _Table:
+    """Codewords with the bias that makes `argmax(x . c - bias)` the wanted nearest."""
+
+    def __init__(self, codewords: Tensor, bias: Tensor) -> None:
+        self.codewords, self.bias = codewords.contiguous(), bias  # [C, g], [C]
+
+    @classmethod
+    def euclidean(cls, codewords: Tensor) -> _Table:
+        return cls(codewords, codewords.square().sum(1) / 2)
+
+    @classmethod
+    def angular(cls, codewords: Tensor) -> _Table:
+        unit = torch.nn.functional.normalize(codewords)
+        return cls(unit, torch.zeros(len(unit)))
+
+    def nearest(self, x: Tensor) -> Tensor:
+        return nearest_codeword(x.contiguous(), self.codewords, self.bias)
+
+    def score(self, x: Tensor, index: Tensor) -> Tensor:
+        return (x * self.codewords[index]).sum(1) - self.bias[index]
+
+
+def _direction_lengths(codebook: Codebook) -> Tensor:
+    """Mean length of the codewords of each magnitude, fp32 [2 ** magnitude_bits]."""
+    levels = codebook.codewords().float().view(-1, codebook.spec.rows, codebook.spec.vector_dim)
+    return levels.norm(dim=2).mean(1)

@@ -1,0 +1,104 @@
+"""`pcdvq inspect`: what a checkpoint holds, read from its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pcdvq_kernels.checkpoint import REPORT_FILE, open_checkpoint, read_json
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One quantized layer; `relative_error` is |W' - W|^2 / |W|^2 as recorded when quantizing."""
+
+    name: str
+    shape: tuple[int, int]
+    codebook: str
+    bits_per_weight: float
+    relative_error: float | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """All rows and the totals; sizes in bytes."""
+
+    layers: list[LayerRow]
+    bits_per_weight: float
+    packed_bytes: int
+    codebook_bytes: int
+    unquantized_bytes: int
+    modules_to_not_convert: list[str]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def print_table(self, console: Console) -> None:
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        table.add_column("layer", overflow="fold")
+        for heading in ("shape", "codebook", "bits", "error", "KiB"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in self.layers:
+            error = "-" if row.relative_error is None else f"{row.relative_error:.4f}"
+            table.add_row(
+                row.name,
+                "x".join(map(str, row.shape)),
+                row.codebook,
+                f"{row.bits_per_weight:.3f}",
+                error,
+                f"{row.bytes / 1024:.1f}",
+            )
+        console.print(table)
+        mib = 2**20
+        console.print(
+            f"{len(self.layers)} quantized layers: {self.bits_per_weight:.3f} bits per weight "
+            f"(codes, row scales, signs and {self.codebook_bytes} bytes of codebooks), "
+            f"{self.packed_bytes / mib:.1f} MiB; other tensors "
+            f"{self.unquantized_bytes / mib:.1f} MiB",
+            highlight=False,
+        )
+        left = ", ".join(self.modules_to_not_convert) or "none"
+        console.print(f"left unquantized: {left}", highlight=False)
+
+
+def inspect_checkpoint(directory: Path) -> CheckpointSummary:
+    """Read the summary of the checkpoint in `directory`.
+
+    Raises:
+        CheckpointError: it is not a whole PCDVQ checkpoint.
+    """
+    checkpoint = open_checkpoint(directory)
+    errors = _recorded_errors(directory)
+    rows = [
+        LayerRow(
+            name,
+            (layer.out_features, layer.in_features),
+            layer.codebook,
+            layer.bits_per_weight,
+            errors.get(name),
+            layer.bytes,
+        )
+        for name, layer in checkpoint.layers.items()
+    ]
+    packed = sum(row.bytes for row in rows)
+    total = sum(tensor.bytes for tensor in checkpoint.tensors.values())
+    return CheckpointSummary(
+        rows,
+        checkpoint.bits_per_weight,
+        packed,
+        checkpoint.codebook_bytes,
+        total - packed,
+        checkpoint.config.modules_to_not_convert,
+    )
+
+
+def _recorded_errors(directory: Path) -> dict[str, float]:
+    """Relative errors from the report, {} if the checkpoint came without one."""
+    if not (directory / REPORT_FILE).exists():
+        return {}
+    recorded = read_json(directory / REPORT_FILE).get("relative_error", {})
+    return recorded if isinstance(recorded, dict) else {}

@@ -1,0 +1,216 @@
+"""Writing a checkpoint directory so that it appears whole or not at all, and can be resumed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pcdvq_kernels.checkpoint import (
+    CODEBOOK_FILE,
+    INDEX_FILE,
+    PACKED_TENSORS,
+    Checkpoint,
+    open_checkpoint,
+)
+from pcdvq_kernels.errors import PCDVQError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pcdvq_quantizer.codebooks import NamedCodebook
+from pcdvq_quantizer.layer import QuantizedLinear
+
+SHARD_BYTES = 1 << 30
+RUN_FILE = "run.json"
+LAYER_DIR = "layers"
+
+
+@dataclass
+class Shard:
+    """One output file: quantized layers, and tensors copied as they are."""
+
+    file: str = ""
+    layers: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    bytes: int = 0
+
+
+def plan_shards(tensors: Iterable[tuple[str, int]], layer_bytes: dict[str, int]) -> list[Shard]:
+    """Divide tensors into files of about `SHARD_BYTES`.
+
+    Args:
+        tensors: (name, bytes) of the source's tensors, in stored order.
+        layer_bytes: packed size of each layer to quantize.
+    """
+    shards = [Shard()]
+    for tensor, size in tensors:
+        layer = tensor.removesuffix(".weight")
+        size = layer_bytes.get(layer, size)
+        if shards[-1].bytes and shards[-1].bytes + size > SHARD_BYTES:
+            shards.append(Shard())
+        shard = shards[-1]
+        (shard.layers if layer in layer_bytes else shard.copied).append(
+            layer if layer in layer_bytes else tensor
+        )
+        shard.bytes += size
+    for number, shard in enumerate(shards, 1):
+        shard.file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    return shards
+
+
+class CheckpointWriter:
+    """Collects a checkpoint in `output`.partial and moves it to `output` when whole.
+
+    The partial directory holds finished shards, the finished layers of the shard under way, and
+    the description of the run; a run with the same description continues there.
+    """
+
+    def __init__(self, output: Path, run: dict[str, Any], overwrite: bool) -> None:
+        self._output = output
+        self._partial = output.with_name(output.name + ".partial")
+        self._run = run
+        self._overwrite = overwrite
+
+    @contextmanager
+    def open(self, needed_bytes: int) -> Iterator[CheckpointWriter]:
+        """Lock and prepare the partial directory; turn disk errors into advice.
+
+        Raises:
+            PCDVQError: `output` exists, another run holds the directory or was started with other
+                options, or the disk is or gets full.
+        """
+        if self._output.exists() and not self._overwrite:
+            raise PCDVQError(f"{self._output} exists; choose another OUT or pass --overwrite")
+        try:
+            (self._partial / LAYER_DIR).mkdir(parents=True, exist_ok=True)
+            with FileLock(self._partial / "lock", timeout=0):
+                self._check_run()
+                self._check_space(needed_bytes)
+                yield self
+        except Timeout:
+            raise PCDVQError(f"another run is writing {self._partial}; wait for it") from None
+        except (OSError, SafetensorError) as error:
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+            if not full and not isinstance(error, PermissionError):
+                raise
+            raise PCDVQError(
+                f"cannot write {self._partial}: {error}. Free some space or choose another OUT; "
+                "the same command then continues where it stopped"
+            ) from error
+
+    def _check_run(self) -> None:
+        path = self._partial / RUN_FILE
+        if not path.exists():
+            _write_json(path, self._run)
+            return
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        for key in self._run.keys() | earlier.keys():
+            if self._run.get(key) != earlier.get(key):
+                raise PCDVQError(
+                    f"{self._partial} was begun with {key} = {earlier.get(key)!r}, this run has "
+                    f"{self._run.get(key)!r}; use the same options or delete that directory"
+                )
+
+    def _check_space(self, needed_bytes: int) -> None:
+        done = sum(path.stat().st_size for path in self._partial.rglob("*.safetensors"))
+        # The layers of one shard exist twice while the shard is written.
+        needed = needed_bytes - done + min(needed_bytes, SHARD_BYTES)
+        free = shutil.disk_usage(self._partial).free
+        if free < needed:
+            raise PCDVQError(
+                f"{self._partial} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+                "free some space or choose another OUT"
+            )
+
+    def is_written(self, shard: Shard) -> bool:
+        return (self._partial / shard.file).exists()
+
+    def read_layer(self, name: str) -> QuantizedLinear | None:
+        """A layer that an interrupted run finished, else None."""
+        path = self._layer_path(name)
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            error = float(file.metadata()["relative_error"])
+            packed = {key: file.get_tensor(key) for key in PACKED_TENSORS}
+        return QuantizedLinear(**packed, relative_error=error)
+
+    def write_layer(self, name: str, layer: QuantizedLinear) -> None:
+        metadata = {"relative_error": repr(layer.relative_error)}
+        _save(layer.tensors(), self._layer_path(name), metadata)
+
+    def write_shard(
+        self, shard: Shard, tensors: dict[str, Tensor], errors: dict[str, float]
+    ) -> None:
+        """Write a whole shard; its layers are then no longer kept one by one."""
+        metadata = {
+            "format": "pt",
+            "relative_errors": json.dumps(errors),
+            "tensor_bytes": str(sum(tensor.nbytes for tensor in tensors.values())),
+        }
+        _save(tensors, self._partial / shard.file, metadata)
+        for name in shard.layers:
+            self._layer_path(name).unlink(missing_ok=True)
+
+    def finish(self, shards: list[Shard], codebooks: list[NamedCodebook]) -> dict[str, float]:
+        """Write index and codebooks; returns the relative error of every layer."""
+        weight_map: dict[str, str] = {}
+        errors: dict[str, float] = {}
+        total = 0
+        for shard in shards:
+            with safe_open(self._partial / shard.file, framework="pt") as file:
+                metadata = file.metadata()
+                weight_map |= dict.fromkeys(file.keys(), shard.file)
+            errors |= json.loads(metadata["relative_errors"])
+            total += int(metadata["tensor_bytes"])
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(self._partial / INDEX_FILE, index)
+        tables = {}
+        for named in codebooks:
+            tables[f"{named.id}.directions"] = named.codebook.directions.contiguous()
+            tables[f"{named.id}.magnitudes"] = named.codebook.magnitudes.contiguous()
+        _save(tables, self._partial / CODEBOOK_FILE, None)
+        return errors
+
+    def write_json(self, file: str, value: Any) -> None:
+        _write_json(self._partial / file, value)
+
+    @property
+    def directory(self) -> Path:
+        """Where files are collected."""
+        return self._partial
+
+    def publish(self) -> Checkpoint:
+        """Check the collected checkpoint as a reader would and move it to `output`."""
+        shutil.rmtree(self._partial / LAYER_DIR)
+        (self._partial / RUN_FILE).unlink()
+        open_checkpoint(self._partial)
+        if self._output.exists():
+            shutil.rmtree(self._output)
+        (self._partial / "lock").unlink(missing_ok=True)
+        os.replace(self._partial, self._output)
+        return open_checkpoint(self._output)
+
+    def _layer_path(self, name: str) -> Path:
+        return self._partial / LAYER_DIR / f"{name}.safetensors"
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    """save_file, but the file appears whole or not at all."""
+    scratch = path.with_name(path.name + ".tmp")
+    save_file(tensors, scratch, metadata)
+    os.replace(scratch, path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(scratch, path)

@@ -1,0 +1,111 @@
+"""Random layers for the kernel tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pcdvq_kernels import reference
+from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.ops import Layout
+
+
+def _spec(
+    vector_dim: int, signs: bool, parity: bool, pattern_bits: int, magnitude_bits: int
+) -> CodebookSpec:
+    return CodebookSpec(
+        codec="signed" if signs else "e8",
+        vector_dim=vector_dim,
+        signs=signs,
+        parity=parity,
+        pattern_bits=pattern_bits,
+        magnitude_bits=magnitude_bits,
+        shift=3,
+    )
+
+
+# The layouts with a kernel of their own, then ones that take the generic decoder.
+SPECS = {
+    "signed-8x16": _spec(8, True, True, 7, 1),
+    "signed-8x18": _spec(8, True, True, 9, 1),
+    "signed-4x12": _spec(4, True, False, 7, 1),
+    "signed-4x16": _spec(4, True, True, 10, 2),
+    "signed-2x8": _spec(2, True, False, 5, 1),
+    "e8-16": _spec(8, False, False, 14, 2),
+    "e8-18": _spec(8, False, False, 16, 2),
+    "generic-8x1": _spec(8, False, False, 1, 0),
+    "generic-8x13": _spec(8, True, False, 5, 0),
+    "generic-8x24": _spec(8, True, True, 14, 2),
+    "generic-4x11": _spec(4, True, True, 5, 2),
+    "generic-2x22": _spec(2, True, True, 16, 4),
+}
+BLOCKS = {8: 2, 72: 8, 576: 64, 896: 128, 1536: 512, 4864: 256}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random layer and activations."""
+
+    x: Tensor
+    qweight: Tensor
+    row_scale: Tensor
+    signs_in: Tensor
+    codebook: Codebook
+    block: int
+    bias: Tensor | None = None
+
+    def args(self) -> tuple:
+        layout = Layout(self.block, self.codebook.spec).to_ints()
+        return (
+            self.x,
+            self.qweight,
+            self.row_scale,
+            self.signs_in,
+            self.codebook.codewords(),
+            self.bias,
+            layout,
+        )
+
+    def reference(self) -> Tensor:
+        return reference.linear(
+            self.x,
+            self.qweight,
+            self.row_scale,
+            self.signs_in,
+            self.codebook,
+            self.block,
+            self.bias,
+        )
+
+    def with_x(self, x: Tensor) -> Case:
+        return replace(self, x=x)
+
+
+def random_codebook(spec: CodebookSpec, generator: torch.Generator) -> Codebook:
+    lowest = 0 if spec.signs else -60
+    directions = torch.randint(lowest, 61, (spec.rows, spec.vector_dim), generator=generator)
+    magnitudes = torch.randint(1, 17, (1 << spec.magnitude_bits,), generator=generator)
+    return Codebook(spec, directions.to(torch.int8), magnitudes.to(torch.uint8))
+
+
+def random_case(
+    codec: str, m: int, n: int, k: int, *, block: int | None = None, bias: bool = False
+) -> Case:
+    generator = torch.Generator().manual_seed(m + 1000 * n + k)
+    spec = SPECS[codec]
+    return Case(
+        x=torch.randn(m, k, generator=generator),
+        qweight=_random_bytes((n, spec.row_bytes(k)), generator),
+        row_scale=torch.rand(n, generator=generator) / 64,
+        signs_in=_random_bytes((k // 8,), generator),
+        codebook=random_codebook(spec, generator),
+        block=BLOCKS[k] if block is None else block,
+        bias=torch.randn(n, generator=generator) if bias else None,
+    )
+
+
+def _random_bytes(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)

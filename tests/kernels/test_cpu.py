@@ -1,0 +1,196 @@
+"""The compiled CPU kernels, each instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import pytest
+import torch
+from linear_cases import BLOCKS, SPECS, random_case
+
+from pcdvq_kernels import cpu, fallback
+from pcdvq_kernels.nearest import nearest_codeword
+from pcdvq_kernels.reference import decode_levels
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
+
+FP32_TOLERANCE = 1e-5  # of the outputs' root mean square
+HADAMARD_TOLERANCE = 1e-6  # of the outputs' root mean square, K = 16384
+ISAS = [
+    pytest.param(
+        isa, marks=pytest.mark.skipif(isa not in cpu.isas(), reason=f"this CPU lacks {isa}")
+    )
+    for isa in ("scalar", "avx2", "avx512")
+]
+all_isas = pytest.mark.parametrize("isa", ISAS)
+
+
+def run(case, isa):
+    """The kernel's result; what it does not write is NaN."""
+    x, qweight = case.x, case.qweight
+    out = torch.full((*x.shape[:-1], qweight.shape[0]), torch.nan, dtype=x.dtype)
+    cpu.linear(*case.args(), isa=isa, out=out)
+    return out
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@all_isas
+@pytest.mark.parametrize("codec", SPECS)
+@pytest.mark.parametrize("k", BLOCKS)
+def test_matches_reference(isa, codec, k):
+    for m in (1, 2, 17, 33):
+        for n in (1, 7, 33):
+            case = random_case(codec, m, n, k, bias=n != 7)
+            expected = case.reference()
+            limit = FP32_TOLERANCE * expected.square().mean().sqrt()
+            torch.testing.assert_close(run(case, isa), expected, rtol=0, atol=limit.item())
+
+
+@all_isas
+@pytest.mark.parametrize("codec", SPECS)
+@pytest.mark.parametrize("k", [8, 72, 1536])
+def test_decodes_exactly(isa, codec, k):
+    case = random_case(codec, 1, 33, k, block=1).with_x(torch.eye(k))
+    case.signs_in.zero_()
+    levels = decode_levels(case.qweight, case.codebook, k).float()
+    expected = (levels * case.row_scale.unsqueeze(1)).T
+    assert torch.equal(run(case, isa), expected)
+    for column in (*range(0, k, 61), k - 1):  # one activation row takes another path
+        assert torch.equal(run(case.with_x(case.x[column]), isa), expected[column])
+
+
+@all_isas
+@pytest.mark.parametrize("codec", SPECS)
+def test_rows_are_independent(isa, codec, threads):
+    case = random_case(codec, 300, 77, 72)
+    whole = run(case, isa)
+    for first, last in ((0, 1), (299, 300), (3, 5), (5, 8), (7, 11), (255, 300), (0, 257)):
+        part = run(case.with_x(case.x[first:last]), isa)
+        assert torch.equal(part, whole[first:last])
+    for count in (1, 3):
+        threads(count)
+        assert torch.equal(run(case, isa), whole)
+        assert torch.equal(run(case.with_x(case.x[:1]), isa), whole[:1])
+
+
+@all_isas
+def test_hadamard_blocks(isa):
+    k = 16384
+    for log_block in range(15):
+        case = random_case("generic-8x1", 2, 3, k, block=1 << log_block)
+        expected = case.reference()
+        limit = HADAMARD_TOLERANCE * expected.square().mean().sqrt() * 10
+        torch.testing.assert_close(run(case, isa), expected, rtol=0, atol=limit.item())
+
+
+@all_isas
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_outputs_round_to_nearest_even(isa, dtype):
+    n = 1 << 15
+    case = random_case("generic-8x1", 1, n, 8, block=1)
+    case.codebook.directions.fill_(8)  # level 1 at magnitude 8, shift 3
+    case.codebook.magnitudes.fill_(1)
+    case.signs_in.zero_()
+    bits = torch.randint(-(1 << 31), 1 << 31, (n,), generator=torch.Generator().manual_seed(0))
+    case.row_scale.copy_(bits.to(torch.int32).view(torch.float32))
+    x = torch.zeros(1, 8, dtype=dtype)
+    x[0, 0] = 1
+    y = run(case.with_x(x), isa)
+    torch.testing.assert_close(y[0], case.row_scale.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@all_isas
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_convert_exactly(isa, dtype):
+    words = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    words = words[words.isfinite()]
+    case = random_case("generic-8x1", 1, 1, 8, block=1)
+    case.codebook.directions.fill_(8)
+    case.codebook.magnitudes.fill_(1)
+    case.signs_in.zero_()
+    case.row_scale.fill_(1)
+    x = torch.zeros(len(words), 8, dtype=dtype)
+    x[:, 3] = words
+    assert torch.equal(run(case.with_x(x), isa)[:, 0], words)
+    args = random_case("generic-8x1", 1, len(words), 8).with_x(torch.zeros(1, 8)).args()
+    y = cpu.linear(*args[:5], words, args[6], isa=isa)
+    assert torch.equal(y[0], words.float())
+
+
+def guarded_bytes(data):
+    """A copy of `data` whose last byte is the last of its page; the next page is unreadable."""
+    page = mmap.PAGESIZE
+    size = -(-data.numel() // page) * page
+    area = mmap.mmap(-1, size + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(page), 0):
+        pytest.skip("mprotect is not available")
+    copy = torch.frombuffer(area, dtype=data.dtype, count=size)[size - data.numel() :]
+    return copy.copy_(data.flatten()).view(data.shape)
+
+
+@all_isas
+@pytest.mark.parametrize("codec", SPECS)
+def test_reads_end_with_the_codes(isa, codec):
+    for k in (8, 72, 576):
+        for m in (1, 3):
+            case = random_case(codec, m, 5, k)
+            x, qweight, *rest = case.args()
+            y = cpu.linear(x, guarded_bytes(qweight), *rest, isa=isa)
+            assert torch.equal(y, run(case, isa))
+
+
+def test_unavailable_isa():
+    case = random_case("signed-8x16", 1, 1, 8)
+    with pytest.raises(ValueError, match="choose from"):
+        cpu.linear(*case.args(), isa="avx1024")
+
+
+def test_out_is_checked():
+    case = random_case("signed-8x16", 2, 7, 72)
+    with pytest.raises(ValueError, match="out is"):
+        cpu.linear(*case.args(), out=torch.empty(2, 6))
+
+
+@all_isas
+@pytest.mark.parametrize("dim", [2, 4, 8])
+@pytest.mark.parametrize("count", [1, 3, 257, 3000])
+def test_nearest(isa, dim, count):
+    generator = torch.Generator().manual_seed(count)
+
+    def small_integers(*shape):  # scores are exact, and many are equal
+        return torch.randint(-4, 5, shape, generator=generator).float()
+
+    codewords, bias = small_integers(count, dim), small_integers(count)
+    for groups in (0, 1, 255, 257, 1000):
+        x = small_integers(groups, dim)
+        scores = (x @ codewords.T - bias).double()
+        scores -= torch.arange(count) * 1e-6  # the lowest index of equals
+        actual = cpu.nearest(x, codewords, bias, isa=isa)
+        assert actual.dtype == torch.int32
+        assert torch.equal(actual.long(), scores.argmax(1))
+        assert torch.equal(fallback.nearest(x, codewords, bias), actual)
+        assert torch.equal(nearest_codeword(x, codewords, bias), actual)
+
+
+@pytest.mark.parametrize(
+    ("x", "codewords", "bias"),
+    [
+        (torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(5)),
+        (torch.zeros(4, 8), torch.zeros(5, 4), torch.zeros(5)),
+        (torch.zeros(4, 8), torch.zeros(0, 8), torch.zeros(0)),
+        (torch.zeros(4, 8), torch.zeros(5, 8), torch.zeros(4)),
+        (torch.zeros(4, 8, dtype=torch.float64), torch.zeros(5, 8), torch.zeros(5)),
+    ],
+)
+def test_nearest_bad_arguments(x, codewords, bias):
+    with pytest.raises(ValueError, match="expected"):
+        nearest_codeword(x, codewords, bias)

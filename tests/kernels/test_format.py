@@ -1,0 +1,140 @@
+"""The checkpoint format, frozen: packing, codes, rotation (FORMAT.md)."""
+
+import pytest
+import torch
+from pcdvq_kernels import reference
+from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.errors import CheckpointError
+from pcdvq_kernels.hadamard import block_hadamard, choose_block
+from pcdvq_kernels.packing import pack_codes, pack_signs, unpack_codes, unpack_signs
+
+SMALL = CodebookSpec(
+    codec="signed",
+    vector_dim=2,
+    signs=True,
+    parity=True,
+    pattern_bits=1,
+    magnitude_bits=1,
+    shift=0,
+)
+SMALL_BOOK = Codebook(
+    SMALL,
+    torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]], dtype=torch.int8),
+    torch.tensor([1, 10], dtype=torch.uint8),
+)
+
+
+def bytes_of(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("code_bits", "codes", "golden"),
+    [
+        (16, [0x1234, 0xABCD], "3412cdab"),
+        (18, [0x3FFFF, 0, 0x2AAAA, 1], "ffff0300a0aa6a0000"),
+        (12, [0xABC, 0x123], "bc3a12"),
+        (12, [0xABC], "bc0a"),
+        (8, [1, 255], "01ff"),
+        (4, [0xA, 0xB, 0xC], "ba0c"),
+        (24, [0x010203, 0xFFFFFF], "030201ffffff"),
+    ],
+)
+def test_golden_code_bytes(code_bits: int, codes: list[int], golden: str) -> None:
+    packed = pack_codes(torch.tensor([codes]), code_bits)
+    assert bytes(packed[0].tolist()).hex() == golden
+    assert unpack_codes(packed, code_bits, len(codes)).tolist() == [codes]
+
+
+@pytest.mark.parametrize("code_bits", [1, 4, 8, 12, 16, 18, 24])
+@pytest.mark.parametrize("groups", [1, 7, 8, 72, 171])
+def test_pack_round_trip(code_bits: int, groups: int) -> None:
+    codes = torch.randint(0, 1 << code_bits, (3, groups))
+    packed = pack_codes(codes, code_bits)
+    assert packed.shape == (3, -(-groups * code_bits // 8))
+    assert torch.equal(unpack_codes(packed, code_bits, groups), codes)
+
+
+def test_golden_signs() -> None:
+    packed = bytes_of("01f080")
+    signs = unpack_signs(packed)
+    assert signs.tolist() == [-1] + [1] * 11 + [-1] * 4 + [1] * 7 + [-1]
+    assert torch.equal(pack_signs(signs), packed)
+
+
+def test_golden_decode() -> None:
+    """Code 0bMPSS: two signs, a pattern bit, a magnitude bit; an odd sign count picks odd rows."""
+    codes = torch.tensor([0b0000, 0b0001, 0b0010, 0b0011, 0b0100, 0b0101, 0b1111])
+    levels = [[1, 2], [-3, 4], [3, -4], [-1, -2], [5, 6], [-7, 8], [-50, -60]]
+    assert SMALL_BOOK.decode(codes).tolist() == levels
+
+
+def test_shift_rounds_to_nearest_half_up() -> None:
+    spec = SMALL.model_copy(
+        update={"signs": False, "parity": False, "shift": 7, "magnitude_bits": 0}
+    )
+    directions = torch.tensor([[3, -3], [5, -5]], dtype=torch.int8)
+    book = Codebook(spec, directions, torch.tensor([64], dtype=torch.uint8))
+    assert book.decode(torch.tensor([0, 1])).tolist() == [[2, -1], [3, -2]]
+
+
+def test_golden_dequantize() -> None:
+    """One row, K = 8, block 2: levels, then Hadamard, signs and row scale by hand."""
+    qweight = pack_codes(torch.tensor([[0b0000, 0b0001, 0b0100, 0b0011]]), 4)
+    signs_in = bytes_of("02")  # column 1 negated
+    weight = reference.dequantize(
+        qweight, torch.tensor([0.5], dtype=torch.bfloat16), signs_in, SMALL_BOOK, block=2
+    )
+    root = 2**-0.5
+    expected = [3, 1, 1, -7, 11, -1, -3, 1]  # sums and differences of (1,2) (-3,4) (5,6) (-1,-2)
+    assert weight.tolist()[0] == pytest.approx([0.5 * root * value for value in expected])
+
+
+def test_reference_linear_is_the_dense_product() -> None:
+    qweight = torch.randint(0, 256, (5, 36), dtype=torch.uint8)
+    scale, signs_in = torch.rand(5).bfloat16(), torch.randint(0, 256, (9,), dtype=torch.uint8)
+    x, bias = torch.randn(3, 72), torch.randn(5)
+    dense = reference.dequantize(qweight[:, :18], scale, signs_in, SMALL_BOOK, block=8)
+    y = reference.linear(x, qweight[:, :18], scale, signs_in, SMALL_BOOK, 8, bias)
+    torch.testing.assert_close(y, x @ dense.T + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [1, 2, 8, 64])
+def test_hadamard_is_its_own_inverse(block: int) -> None:
+    x = torch.randn(3, 192, dtype=torch.float64)
+    torch.testing.assert_close(block_hadamard(block_hadamard(x, block), block), x)
+    torch.testing.assert_close(block_hadamard(x, block).norm(dim=1), x.norm(dim=1))
+
+
+def test_hadamard_is_sylvester_ordered() -> None:
+    expected = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    assert torch.equal(block_hadamard(torch.eye(4), 4), expected)
+
+
+@pytest.mark.parametrize(
+    ("in_features", "max_tp", "block"),
+    [(576, 8, 64), (896, 8, 64), (896, 1, 128), (1536, 8, 64), (4864, 4, 64), (4096, 8, 512)]
+    + [(14336, 8, 256), (8, 8, 8), (72, 2, 8), (65536, 1, 4096)],
+)
+def test_block_choice(in_features: int, max_tp: int, block: int) -> None:
+    assert choose_block(in_features, max_tp) == block
+
+
+@pytest.mark.parametrize(
+    ("directions", "magnitudes", "message"),
+    [
+        ([[1, 2], [3, 4], [5, 6], [7, -8]], [1, 10], "-8"),
+        ([[1, 2], [3, 4], [5, 6], [7, 8]], [0, 10], r"\[0, 10\]"),
+        ([[1, 2], [3, 4], [5, 6], [7, 8]], [1, 200], "200"),
+        ([[1, 2], [3, 4], [5, 6], [7, 80]], [1, 10], "800"),
+        ([[1, 2], [3, 4], [5, 6]], [1, 10], r"\[3, 2\]"),
+    ],
+)
+def test_codebook_out_of_limits(directions: list, magnitudes: list, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Codebook(
+            SMALL,
+            torch.tensor(directions, dtype=torch.int8),
+            torch.tensor(magnitudes, dtype=torch.uint8),
+        )

@@ -1,0 +1,36 @@
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+from bare_layers import tensor_parallel
+from vllm.config import VllmConfig, set_current_vllm_config
+
+
+@pytest.fixture
+def vllm_config() -> Iterator[VllmConfig]:
+    """What vLLM's layers look up while they are built: a config, and a rank (0 of 1)."""
+    config = VllmConfig()
+    with set_current_vllm_config(config), tensor_parallel(0, 1):
+        yield config
+
+
+@pytest.fixture(scope="session")
+def engine(pytestconfig: pytest.Config) -> Iterator[ProcessPoolExecutor]:
+    """A process that runs vLLM engines in itself, one after another."""
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_CI_ENV": "1",
+        "VLLM_CACHE_ROOT": str(pytestconfig.cache.mkdir("vllm")),
+        "VLLM_DISABLE_COMPILE_CACHE": "1",
+        "TORCH_COMPILE_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            # The first task starts the process, which inherits the environment.
+            executor.submit(int).result()
+        yield executor

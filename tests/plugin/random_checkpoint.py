@@ -1,0 +1,180 @@
+"""Checkpoints with random codes: as good as real ones where exactness is asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from pcdvq_kernels import reference
+from pcdvq_kernels.checkpoint import CODEBOOK_FILE, INDEX_FILE
+from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.hadamard import choose_block
+from pcdvq_kernels.packing import pack_codes
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+SIGNED = CodebookSpec(
+    codec="signed",
+    vector_dim=8,
+    signs=True,
+    parity=True,
+    pattern_bits=7,
+    magnitude_bits=1,
+    shift=0,
+)
+ODD_BITS = SIGNED.model_copy(update={"pattern_bits": 6, "magnitude_bits": 3})
+E8 = CodebookSpec(
+    codec="e8",
+    vector_dim=8,
+    signs=False,
+    parity=False,
+    pattern_bits=10,
+    magnitude_bits=2,
+    shift=0,
+)
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """The tensors of one quantized layer, as they are on disk."""
+
+    qweight: Tensor
+    row_scale: Tensor
+    signs_in: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(vars(self))
+
+    def dense(self, codebook: Codebook, block: int) -> Tensor:
+        return reference.dequantize(self.qweight, self.row_scale, self.signs_in, codebook, block)
+
+
+def random_codebook(spec: CodebookSpec, generator: torch.Generator) -> Codebook:
+    low = 0 if spec.signs else -15
+    directions = torch.randint(low, 16, (spec.rows, spec.vector_dim), generator=generator)
+    magnitudes = torch.randint(3, 9, (1 << spec.magnitude_bits,), generator=generator)
+    return Codebook(spec, directions.to(torch.int8), magnitudes.to(torch.uint8))
+
+
+def random_layer(
+    spec: CodebookSpec, rows: int, columns: int, generator: torch.Generator
+) -> PackedLayer:
+    """A layer whose outputs are about as large as its inputs."""
+    shape = rows, columns // spec.vector_dim
+    codes = torch.randint(0, 1 << spec.code_bits, shape, generator=generator)
+    scale = (0.5 + torch.rand(rows, generator=generator)) / (50 * columns**0.5)
+    return PackedLayer(
+        pack_codes(codes, spec.code_bits),
+        scale.to(torch.bfloat16),
+        torch.randint(0, 256, (columns // 8,), generator=generator, dtype=torch.uint8),
+    )
+
+
+def tiny_llama(**changes: object) -> LlamaConfig:
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def write_random_checkpoint(
+    path: Path,
+    hf_config: PreTrainedConfig,
+    spec: CodebookSpec = SIGNED,
+    *,
+    max_tp: int = 1,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Write a checkpoint of a random model to `path`.
+
+    Layers that read the same activation share signs, as the format asks.
+
+    Args:
+        path: the new directory.
+        hf_config: the model; every linear layer except `lm_head` is quantized.
+        spec: layout of the codes.
+        max_tp: tensor-parallel size that the Hadamard blocks allow, where K does.
+        dtype: of all that is not quantized.
+        seed: of everything random.
+
+    Returns:
+        The same model in fp32 with the dense weights that the codes stand for.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(hf_config).eval()
+    # Logits far enough apart that the likeliest token is no matter of rounding.
+    for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+        weight.data.normal_(0, 3 * hf_config.hidden_size**-0.5)
+    model = model.to(dtype).float()
+    codebook = random_codebook(spec, generator)
+    blocks: dict[str, int] = {}
+    layers: dict[str, str] = {}
+    signs: dict[tuple[str, bool], Tensor] = {}
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        columns = module.in_features
+        block = blocks.setdefault(str(columns), choose_block(columns, max_tp))
+        packed = random_layer(spec, module.out_features, columns, generator)
+        parent, _, part = name.rpartition(".")
+        shared = signs.setdefault((parent, part in ("o_proj", "down_proj")), packed.signs_in)
+        packed = replace(packed, signs_in=shared.clone())
+        module.weight.data = packed.dense(codebook, block)
+        if module.bias is not None:
+            state[f"{name}.bias"] = torch.randn(module.out_features).div(10).to(dtype)
+            module.bias.data = state[f"{name}.bias"].float()
+        del state[f"{name}.weight"]
+        state.update({f"{name}.{key}": tensor for key, tensor in packed.tensors().items()})
+        layers[name] = spec.codec
+    if hf_config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    quantization = {
+        "quant_method": "pcdvq",
+        "format_version": 1,
+        "codebooks": {spec.codec: spec.model_dump()},
+        "layers": layers,
+        "hadamard_blocks": blocks,
+        "max_tp": max_tp,
+        "modules_to_not_convert": ["lm_head"],
+    }
+    _write(path, model, dtype, state, quantization, {spec.codec: codebook})
+    return model
+
+
+def _write(
+    path: Path,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    state: dict[str, Tensor],
+    quantization: dict[str, object],
+    codebooks: dict[str, Codebook],
+) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["quantization_config"] = quantization
+    (path / "config.json").write_text(json.dumps(config))
+    shard = "model-00001-of-00001.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, shard)}
+    (path / INDEX_FILE).write_text(json.dumps(index))
+    tables = {}
+    for id, codebook in codebooks.items():
+        tables[f"{id}.directions"] = codebook.directions
+        tables[f"{id}.magnitudes"] = codebook.magnitudes
+    save_file(tables, path / CODEBOOK_FILE)

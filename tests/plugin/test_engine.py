@@ -1,0 +1,106 @@
+"""vLLM's engine against Hugging Face's model with the dense weights."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from engine_worker import NEW_TOKENS, Generation, generate, generate_and_reload
+from random_checkpoint import E8, ODD_BITS, SIGNED, tiny_llama, write_random_checkpoint
+from transformers import Phi3Config, PreTrainedConfig, PreTrainedModel, Qwen2Config
+
+PROMPTS = [[7], list(range(20, 31)), list(range(300, 240, -1))]
+# Greatest difference of a logprob: sums in another order, and activations rounded to 16 bits
+# in each of two layers.
+ATOL = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+
+QWEN2 = Qwen2Config(
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=2,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    vocab_size=320,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+)
+PHI3 = Phi3Config(
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=320,
+    max_position_embeddings=256,
+    pad_token_id=0,
+)
+ODD_LLAMA = tiny_llama(
+    hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
+)
+
+
+def check(
+    generations: list[Generation], model: PreTrainedModel, dtype: torch.dtype = torch.float32
+) -> None:
+    """Compare every logprob; the chosen token must be the model's own up to the tolerance."""
+    for generation in generations:
+        with torch.no_grad():
+            logits = model(torch.tensor([generation.tokens])).logits[0]
+        steps = logits.log_softmax(-1)[-NEW_TOKENS - 1 : -1]
+        chosen = generation.tokens[-NEW_TOKENS:]
+        for token, found, expected in zip(chosen, generation.logprobs, steps, strict=True):
+            assert expected[token] >= expected.max() - ATOL[dtype]
+            for other, logprob in found.items():
+                assert logprob == pytest.approx(expected[other].item(), abs=ATOL[dtype])
+
+
+@pytest.mark.parametrize(
+    ("config", "spec"),
+    [(tiny_llama(), SIGNED), (ODD_LLAMA, ODD_BITS), (QWEN2, SIGNED), (PHI3, E8)],
+    ids=["llama", "llama of odd sizes", "qwen2 with biases, tied", "phi3 fused on disk"],
+)
+def test_logprobs(
+    config: PreTrainedConfig, spec, engine: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    model = write_random_checkpoint(tmp_path, config, spec)
+    check(engine.submit(generate, tmp_path, PROMPTS, dtype="float32").result(), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype, engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    model = write_random_checkpoint(tmp_path, ODD_LLAMA, dtype=dtype)
+    check(engine.submit(generate, tmp_path, PROMPTS).result(), model, dtype)
+
+
+def test_compiled(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    model = write_random_checkpoint(tmp_path, tiny_llama())
+    arguments = {"dtype": "float32", "enforce_eager": False}
+    check(engine.submit(generate, tmp_path, PROMPTS, **arguments).result(), model)
+
+
+def test_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    model = write_random_checkpoint(tmp_path, tiny_llama(), max_tp=2)
+    arguments = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **arguments).result()
+    check(generations, model)
+
+
+def test_dummy_weights_and_reload(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """Dummy weights serve; real ones, and other real ones, can take their place."""
+    paths = [tmp_path / "a", tmp_path / "b"]
+    models = [
+        write_random_checkpoint(path, tiny_llama(), seed=seed) for seed, path in enumerate(paths)
+    ]
+    dummy, *reloaded = engine.submit(
+        generate_and_reload,
+        paths[0],
+        [*paths, paths[0]],
+        PROMPTS,
+        dtype="float32",
+        load_format="dummy",
+    ).result()
+    assert len(dummy) == len(PROMPTS)
+    for generations, model in zip(reloaded, [*models, models[0]], strict=True):
+        check(generations, model)

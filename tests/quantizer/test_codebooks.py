@@ -1,0 +1,102 @@
+"""The shipped codebooks: layout and error on N(0, 1)."""
+
+import hashlib
+
+import pytest
+import torch
+from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.packing import pack_codes, unpack_codes
+from pcdvq_quantizer.codebooks import OFFERED, get_codebook
+from pcdvq_quantizer.codebooks.e8 import make_e8_tables
+
+RATES = [(codec, bits) for codec, rates in OFFERED.items() for bits in rates]
+# Mean squared error per weight on N(0, 1) that the codecs were designed to; the rate-distortion
+# bounds are 0.0625, 0.0442, 0.0156 and 0.0039.
+EXPECTED_ERROR = {
+    ("signed", 2.0): 0.0925,
+    ("signed", 2.25): 0.0647,
+    ("signed", 3.0): 0.0266,
+    ("signed", 4.0): 0.0074,
+    ("e8", 2.0): 0.0990,
+    ("e8", 2.25): 0.0691,
+}
+TOLERANCE = 1.02
+
+
+@pytest.mark.parametrize(("codec", "bits"), RATES)
+def test_error_on_gaussian_weights(codec: str, bits: float) -> None:
+    named = get_codebook(codec, bits)
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(100_000, named.codebook.spec.vector_dim, generator=generator)
+    decoded = named.codebook.decode(named.encoder.encode(x * named.unit)).float() / named.unit
+    error = (decoded - x).square().mean().item()
+    assert error <= TOLERANCE * EXPECTED_ERROR[codec, bits]
+
+
+@pytest.mark.parametrize(("codec", "bits"), RATES)
+def test_rate_is_what_it_says(codec: str, bits: float) -> None:
+    spec = get_codebook(codec, bits).codebook.spec
+    assert spec.bits == bits
+    assert spec.codec == codec
+    assert spec.magnitude_bits >= 1
+
+
+@pytest.mark.parametrize(("codec", "bits"), RATES)
+def test_encoding_a_codeword_finds_it(codec: str, bits: float) -> None:
+    """Decode, encode, decode: codewords are their own nearest (or one as near)."""
+    named = get_codebook(codec, bits)
+    spec = named.codebook.spec
+    codes = torch.randint(0, 1 << spec.code_bits, (2000,))
+    if spec.codec == "e8":
+        # Direction and length are chosen apart, so only the direction must come back.
+        levels = named.codebook.decode(codes).float()
+        again = named.codebook.decode(named.encoder.encode(levels)).float()
+        assert torch.cosine_similarity(levels, again).min() > 0.99
+        return
+    levels = named.codebook.decode(codes)
+    assert torch.equal(named.codebook.decode(named.encoder.encode(levels.float())), levels)
+    assert torch.equal(
+        unpack_codes(pack_codes(codes.view(10, -1), spec.code_bits), spec.code_bits, 200),
+        codes.view(10, -1),
+    )
+
+
+def test_signed_encoder_beats_or_equals_any_single_flip() -> None:
+    """Codes are locally optimal: no other pattern and magnitude under the same signs is nearer."""
+    named = get_codebook("signed", 2.0)
+    spec = named.codebook.spec
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(3)) * named.unit
+    codes = named.encoder.encode(x)
+    fields = torch.arange(1 << (spec.pattern_bits + spec.magnitude_bits)) << spec.sign_bits
+    others = (codes & ((1 << spec.sign_bits) - 1)).unsqueeze(1) | fields  # [64, fields]
+    distance = (named.codebook.decode(others).float() - x.unsqueeze(1)).square().sum(-1)
+    chosen = (named.codebook.decode(codes).float() - x).square().sum(-1)
+    torch.testing.assert_close(chosen, distance.min(1).values)
+
+
+def test_e8_codebook_is_deterministic_and_distinct() -> None:
+    directions, magnitudes, unit = make_e8_tables(14)
+    again = make_e8_tables(14)
+    assert torch.equal(directions, again[0])
+    assert torch.equal(magnitudes, again[1])
+    assert unit == again[2]
+    assert len(directions.unique(dim=0)) == 1 << 14
+    cached = get_codebook("e8", 2.0)
+    assert torch.equal(cached.codebook.directions, directions)
+    assert hashlib.sha256(directions.numpy().tobytes()).hexdigest() == E8_14_SHA256
+
+
+E8_14_SHA256 = "to be frozen"
+
+
+@pytest.mark.parametrize(
+    ("codec", "bits", "message"),
+    [
+        ("signed", 5.0, "choose 2, 2.25, 3, 4"),
+        ("e8", 3.0, "choose 2, 2.25"),
+        ("qtip", 2.0, "qtip"),
+    ],
+)
+def test_rates_not_offered(codec: str, bits: float, message: str) -> None:
+    with pytest.raises(PCDVQError, match=message):
+        get_codebook(codec, bits)

@@ -1,0 +1,57 @@
+"""Quantizing one layer, against the fp32 reference."""
+
+import pytest
+import torch
+from pcdvq_kernels import reference
+from pcdvq_quantizer.codebooks import get_codebook
+from pcdvq_quantizer.layer import quantize_linear
+from pcdvq_quantizer.run import input_signs
+
+
+@pytest.mark.parametrize("bits", [2.0, 2.25, 3.0, 4.0])
+@pytest.mark.parametrize(("rows", "columns"), [(33, 576), (5, 896), (1, 72)])
+def test_reported_error_is_the_error_of_the_stored_weight(
+    bits: float, rows: int, columns: int
+) -> None:
+    named = get_codebook("signed", bits)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    weight *= torch.logspace(-3, 1, rows).unsqueeze(1)  # rows of very different size
+    signs = input_signs(columns, 0)
+    layer = quantize_linear(weight, named, signs, block=8)
+    stored = reference.dequantize(
+        layer.qweight, layer.row_scale, layer.signs_in, named.codebook, block=8
+    )
+    error = ((stored - weight).square().sum() / weight.square().sum()).item()
+    assert layer.relative_error == pytest.approx(error, rel=1e-3)
+    assert error < {2.0: 0.12, 2.25: 0.09, 3.0: 0.04, 4.0: 0.012}[bits]
+
+
+def test_rotation_rescues_outliers() -> None:
+    """What the transform is for: one huge column must not spoil its row."""
+    weight = torch.randn(16, 512, generator=torch.Generator().manual_seed(1))
+    weight[:, 17] *= 30
+    named = get_codebook("signed", 3.0)
+    errors = [
+        quantize_linear(weight, named, input_signs(512, 0), block).relative_error
+        for block in (1, 512)
+    ]
+    assert errors[1] < 0.04 < errors[0]
+
+
+def test_zero_and_tiny_rows_stay_finite() -> None:
+    weight = torch.zeros(3, 64)
+    weight[1] = 1e-20
+    weight[2] = 1e20
+    layer = quantize_linear(weight, get_codebook("signed", 2.0), input_signs(64, 0), 64)
+    assert layer.row_scale.isfinite().all()
+    assert layer.row_scale[0] == 0
+
+
+def test_chunking_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(10, 128, generator=torch.Generator().manual_seed(2))
+    arguments = (get_codebook("signed", 2.25), input_signs(128, 0), 128)
+    whole = quantize_linear(weight, *arguments)
+    monkeypatch.setattr("pcdvq_quantizer.layer.CHUNK_WEIGHTS", 3 * 128)
+    chunked = quantize_linear(weight, *arguments)
+    assert torch.equal(whole.qweight, chunked.qweight)
+    assert torch.equal(whole.row_scale, chunked.row_scale)

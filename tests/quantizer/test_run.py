@@ -1,0 +1,229 @@
+"""Whole runs: model in, checkpoint out, interruptions and bad input."""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import save_model, smollm2_gguf, tiny_config
+from pcdvq_kernels import reference
+from pcdvq_kernels.checkpoint import open_checkpoint
+from pcdvq_kernels.errors import PCDVQError
+from pcdvq_quantizer import run, writer
+from pcdvq_quantizer.gguf_source import GGUFSource
+from pcdvq_quantizer.inspection import inspect_checkpoint
+from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+OPTIONS = QuantizeOptions(bits=3.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "tiny", tiny_config(), "100KB")
+
+
+def test_checkpoint_holds_the_model(model: Path, tmp_path: Path) -> None:
+    checkpoint = quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out")
+    original = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert len(checkpoint.layers) == 14
+    stored = {
+        name: tensor
+        for file in sorted((tmp_path / "out").glob("model-*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+    for name, tensor in original.items():
+        layer = name.removesuffix(".weight")
+        if layer not in checkpoint.layers:
+            assert torch.equal(stored[name], tensor)
+            continue
+        dense = reference.dequantize(
+            *(stored[f"{layer}.{part}"] for part in ("qweight", "row_scale", "signs_in")),
+            checkpoint.codebooks["signed-3"],
+            checkpoint.config.block(tensor.shape[1]),
+        )
+        assert (dense - tensor.float()).square().sum() < 0.04 * tensor.float().square().sum()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("abc").input_ids == [97, 98, 99]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_bits_per_weight_come_from_the_files(model: Path, tmp_path: Path) -> None:
+    summary = inspect_checkpoint(
+        quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out").directory
+    )
+    weights = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 192)
+    tensors = [
+        tensor
+        for file in (tmp_path / "out").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+        if name.endswith(("qweight", "row_scale", "signs_in", "directions", "magnitudes"))
+    ]
+    stored = sum(tensor.nbytes for tensor in tensors)
+    assert summary.bits_per_weight == pytest.approx(8 * stored / weights)
+    assert json.loads(summary.to_json())["packed_bytes"] + summary.codebook_bytes == stored
+    assert all(0 < row.relative_error < 0.04 for row in summary.layers)
+
+
+def test_same_input_same_bytes(model: Path, tmp_path: Path) -> None:
+    for out in ("a", "b"):
+        quantize_model(make_plan(str(model), OPTIONS), tmp_path / out)
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_many_shards(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "SHARD_BYTES", 30_000)
+    checkpoint = quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out")
+    files = {tensor.file.name for tensor in checkpoint.tensors.values()}
+    assert len(files) > 2
+    assert all(file.endswith(f"-of-{len(files):05d}.safetensors") for file in files)
+
+
+def test_killed_run_resumes_without_redoing_layers(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = (
+        "import sys, time; from pathlib import Path; from pcdvq_quantizer import run\n"
+        "options = run.QuantizeOptions(bits=3.0)\n"
+        "run.quantize_model(run.make_plan(sys.argv[1], options), Path(sys.argv[2]),"
+        " progress=lambda weights: time.sleep(0.3))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(model), str(out)])
+    layers = tmp_path / "out.partial" / "layers"
+    deadline = time.monotonic() + 120
+    while len(list(layers.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path.name: path.stat().st_mtime_ns for path in layers.glob("*.safetensors")}
+    assert 3 <= len(finished) < 14
+    assert not out.exists()
+
+    quantized = []
+    plan = make_plan(str(model), OPTIONS)
+    original = run._quantize_layer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            run,
+            "_quantize_layer",
+            lambda plan, name: quantized.append(name) or original(plan, name),
+        )
+        quantize_model(plan, out)
+    assert len(quantized) == 14 - len(finished)
+    assert not {f"{name}.safetensors" for name in quantized} & finished.keys()
+    quantize_model(plan, tmp_path / "whole")
+    for file in out.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+
+
+def test_other_options_do_not_resume(model: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    fingerprint = make_plan(str(model), OPTIONS).fingerprint() | {"bits": 2.0}
+    (partial / "run.json").write_text(json.dumps(fingerprint))
+    with pytest.raises(PCDVQError, match=r"bits = 2\.0, this run has 3\.0"):
+        quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out")
+
+
+def test_full_disk_leaves_no_output(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = writer.save_file, []
+
+    def full_after_five(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*arguments)
+
+    monkeypatch.setattr(writer, "save_file", full_after_five)
+    with pytest.raises(PCDVQError, match="Free some space"):
+        quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(writer, "save_file", save)
+    quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out")
+
+
+def test_too_little_space_is_seen_before_the_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(PCDVQError, match="are free"):
+        quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out")
+
+
+def test_existing_output_is_kept(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    with pytest.raises(PCDVQError, match="--overwrite"):
+        quantize_model(make_plan(str(model), OPTIONS), out)
+    assert (out / "precious").exists()
+    quantize_model(make_plan(str(model), OPTIONS), out, overwrite=True)
+    open_checkpoint(out)
+
+
+def test_unsuitable_layers_are_left_and_reported(tmp_path: Path) -> None:
+    config = tiny_config(intermediate_size=100)
+    source = save_model(tmp_path / "odd", config)
+    plan = make_plan(str(source), OPTIONS)
+    assert "multiple of 8" in plan.selection.skipped["model.layers.0.mlp.down_proj"]
+    assert "model.layers.0.mlp.up_proj" in plan.selection.layers
+    checkpoint = quantize_model(plan, tmp_path / "out")
+    assert "model.layers.0.mlp.down_proj" in checkpoint.config.modules_to_not_convert
+    assert "model.layers.0.mlp.down_proj.weight" in checkpoint.tensors
+
+
+def test_nan_weights_are_named(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "nan", tiny_config())
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PCDVQError, match=r"layers\.1\.mlp\.up_proj\.weight.*NaN"):
+        quantize_model(make_plan(str(source), OPTIONS), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_quantized(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "model", tiny_config())
+    config = json.loads((source / "config.json").read_text())
+
+    def with_config(**changes: object) -> str:
+        (source / "config.json").write_text(json.dumps(config | changes))
+        return str(source)
+
+    with pytest.raises(PCDVQError, match="already quantized \\(awq\\)"):
+        make_plan(with_config(quantization_config={"quant_method": "awq"}), OPTIONS)
+    with pytest.raises(PCDVQError, match="NoSuchModel"):
+        make_plan(with_config(model_type="no_such", architectures=["NoSuchModel"]), OPTIONS)
+    with pytest.raises(PCDVQError, match="--max-tp"):
+        make_plan(with_config(), QuantizeOptions(max_tp=0))
+    with pytest.raises(PCDVQError, match="neither a local directory"):
+        make_plan(str(tmp_path / "missing"), OPTIONS)
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(PCDVQError, match="pickled"):
+        make_plan(str(source), OPTIONS)
+    (source / "model.safetensors").write_bytes(b"garbage")
+    with pytest.raises(PCDVQError, match="cannot be read"):
+        make_plan(str(source), OPTIONS)
+    (tmp_path / "bad.gguf").write_bytes(b"not a gguf file at all")
+    with pytest.raises(PCDVQError, match="GGUF"):
+        make_plan(str(tmp_path / "bad.gguf"), OPTIONS)
+
+
+def test_gguf_weights_are_those_transformers_loads() -> None:
+    path = smollm2_gguf()
+    source = GGUFSource(path)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.bfloat16
+    )
+    state = model.state_dict()
+    assert source.shapes.keys() == state.keys() - {"lm_head.weight"}
+    for name in list(source.shapes)[:12]:
+        assert torch.equal(source.load(name), state[name]), name

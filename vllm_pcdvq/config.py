@@ -1,0 +1,193 @@
+"""The quantization config that vLLM asks which layer is quantized how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pcdvq_kernels.config import QUANT_METHOD, CodebookSpec, PCDVQCheckpointConfig
+from pcdvq_kernels.errors import CheckpointError, PCDVQError
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from vllm_pcdvq.codebooks import CodebookStore, read_codebooks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from vllm.config import ModelConfig
+    from vllm.model_executor.models.utils import WeightsMapper
+
+# A child of vLLM's logger, so that its handlers and VLLM_LOGGING_LEVEL apply.
+logger = init_logger("vllm.pcdvq")
+
+
+class PCDVQConfig(QuantizationConfig):
+    """`quantization_config` of a PCDVQ checkpoint, as vLLM sees it.
+
+    vLLM makes it in the API server and pickles it into the workers, codebooks included.
+
+    Attributes:
+        checkpoint: the parsed `quantization_config`.
+        layers: quantized layer to codebook id, under vLLM's names for the layers.
+        codebooks: the codebooks, once `maybe_update_config` has read them.
+    """
+
+    def __init__(self, checkpoint: PCDVQCheckpointConfig | None = None) -> None:
+        """Make the config of `checkpoint`.
+
+        Raises:
+            CheckpointError: no checkpoint, which is how vLLM says that config.json has no
+                `quantization_config`.
+        """
+        super().__init__()
+        if checkpoint is None:
+            raise CheckpointError(
+                "not a PCDVQ checkpoint: config.json has no quantization_config. Make one with "
+                "`pcdvq quantize MODEL OUT`, or serve this model without --quantization pcdvq."
+            )
+        self.checkpoint = checkpoint
+        self.layers = dict(checkpoint.layers)
+        self.codebooks: CodebookStore | None = None
+        self._mappers: list[WeightsMapper] = []
+        self._weights_by_codebook: dict[str, list[int]] = {}
+        self._model_config: ModelConfig | None = None
+        self._loaded_from: str | None = None
+        self._logged = False
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Compute capability 8.0: the oldest that Triton supports."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> PCDVQConfig:
+        """Parse `config`, the `quantization_config` of config.json.
+
+        Raises:
+            CheckpointError: not PCDVQ, another format version, or malformed.
+        """
+        return cls(PCDVQCheckpointConfig.parse(config))
+
+    def maybe_update_config(
+        self,
+        model_name: str,
+        hf_config: PreTrainedConfig | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Read the codebooks; vLLM calls this in the API server, before any weight is loaded.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be served.
+        """
+        self.codebooks = CodebookStore(read_codebooks(model_name, revision, self.checkpoint))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Rename `layers` as the model renames its modules.
+
+        A model and its parts may bring the same mapper: each distinct one is applied once.
+        """
+        if hf_to_vllm_mapper not in self._mappers:
+            self._mappers.append(hf_to_vllm_mapper)
+            self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+
+    def spec(self, codebook: str) -> CodebookSpec:
+        """Code layout of the codebook with this id."""
+        return self.checkpoint.codebooks[codebook]
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of the linear layer `prefix`, None for every other kind of layer.
+
+        Raises:
+            CheckpointError: the checkpoint treats the parts of a fused layer differently, or
+                quantizes a layer that is not a linear one.
+        """
+        # Imported here because these modules bring the op library: `register` must stay light.
+        from vllm.model_executor.layers.linear import LinearBase
+
+        from vllm_pcdvq.linear import CheckedUnquantizedLinearMethod, PCDVQLinearMethod
+
+        if not isinstance(layer, LinearBase):
+            self._refuse_quantized(layer, prefix)
+            return None
+        codebook = self._codebook_of(prefix)
+        if codebook is None:
+            return CheckedUnquantizedLinearMethod()
+        return PCDVQLinearMethod(self, prefix, codebook)
+
+    def _codebook_of(self, prefix: str) -> str | None:
+        """Codebook id of the linear layer `prefix`, None if it is not quantized."""
+        if prefix in self.layers:
+            return self.layers[prefix]
+        parent, dot, name = prefix.rpartition(".")
+        parts = [parent + dot + part for part in self.packed_modules_mapping.get(name, [name])]
+        codebooks = {part: self.layers.get(part) for part in parts}
+        if len(set(codebooks.values())) > 1:
+            listed = ", ".join(f"{part}: {id or 'none'}" for part, id in codebooks.items())
+            raise CheckpointError(
+                f"layer {prefix} serves {len(parts)} layers as one, which must all have the same "
+                f"codebook or none ({listed}). Quantize again with one rate for them."
+            )
+        return next(iter(codebooks.values()))
+
+    def _refuse_quantized(self, layer: torch.nn.Module, prefix: str) -> None:
+        """Embeddings, the output layer and experts would silently get no weights."""
+        inside = [name for name in self.layers if name == prefix or name.startswith(f"{prefix}.")]
+        if prefix and inside:
+            raise CheckpointError(
+                f"layer {inside[0]} is quantized, but vllm-pcdvq does not serve quantized "
+                f"{type(layer).__name__} layers. Quantize again and leave it out."
+            )
+
+    def add_layer(self, codebook: str, weights: int) -> None:
+        """Take note of a layer that this worker builds, and of the model it is part of."""
+        from vllm.config import get_current_vllm_config_or_none
+
+        self._weights_by_codebook.setdefault(codebook, []).append(weights)
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is not None and vllm_config.model_config is not None:
+            self._model_config = vllm_config.model_config
+            self._loaded_from = vllm_config.model_config.model
+
+    def loaded_codebooks(self) -> CodebookStore:
+        """The codebooks that belong to the weights just loaded.
+
+        A reload in place may have named another checkpoint, whose codebooks are read here.
+
+        Raises:
+            CheckpointError: that checkpoint does not fit the running model.
+        """
+        if self.codebooks is None:
+            raise PCDVQError("vLLM did not call maybe_update_config: no codebooks were read")
+        model = self._model_config
+        if model is not None and model.model != self._loaded_from:
+            self.codebooks.replace(read_codebooks(model.model, model.revision, self.checkpoint))
+            self._loaded_from = model.model
+        return self.codebooks
+
+    def log_once(self, backend: str) -> None:
+        """Say once per worker what it serves and with which kernels."""
+        if self._logged:
+            return
+        self._logged = True
+        totals = {id: sum(weights) for id, weights in self._weights_by_codebook.items()}
+        bits = sum(self.spec(id).bits * total for id, total in totals.items())
+        logger.info(
+            "PCDVQ: %d linear layers, codebooks %s, on average %.3f bits per weight, kernels: %s",
+            sum(map(len, self._weights_by_codebook.values())),
+            ", ".join(f"{id} ({self.spec(id).bits:g} bits)" for id in sorted(totals)),
+            bits / sum(totals.values()),
+            backend,
+        )

@@ -1,0 +1,233 @@
+"""Linear layers whose weights are PCDVQ codes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pcdvq_kernels import cpu, reference
+from pcdvq_kernels.checkpoint import PACKED_TENSORS, QWEIGHT, REMEDY, ROW_SCALE, SIGNS_IN
+from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.errors import CheckpointError, PCDVQError
+from pcdvq_kernels.hadamard import choose_block
+from pcdvq_kernels.ops import Layout
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    PackedvLLMParameter,
+)
+
+from vllm_pcdvq.loading import BIAS, DTYPES, LayerLoad
+
+if TYPE_CHECKING:
+    from vllm_pcdvq.config import PCDVQConfig
+
+
+@register_weight_loader_v2_supported_method
+class PCDVQLinearMethod(LinearMethodBase):
+    """y = W' x + b of one linear layer (or several fused ones), W' as codes (FORMAT.md).
+
+    N and K are the layer's output and input size on this tensor-parallel rank.
+
+    While weights load, the layer has the parameters
+        qweight    uint8 [N, row_bytes(K)]
+        row_scale  bfloat16 [N]
+        signs_in   uint8 [slots, K / 8], one row per part of a fused layer
+    and afterwards
+        qweight    unchanged
+        row_scale  float32 [N]
+        signs_in   uint8 [K / 8]
+        codewords  int8 [2 ** magnitude_bits * rows, vector_dim], shared by all layers
+    """
+
+    def __init__(self, config: PCDVQConfig, prefix: str, codebook: str) -> None:
+        self.config = config
+        self.prefix = prefix
+        self.codebook = codebook
+        self.spec = config.spec(codebook)
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Add the parameters of the class docstring to `layer`.
+
+        Raises:
+            CheckpointError: no Hadamard block for this input size.
+            PCDVQError: a tensor-parallel split that the checkpoint does not allow.
+        """
+        self.block = self.config.checkpoint.block(input_size)
+        check_split(self.prefix, self.spec, self.block, input_size, input_size_per_partition)
+        self.layout = Layout(self.block, self.spec).to_ints()
+        self.params_dtype = params_dtype
+        rows, slots = sum(output_partition_sizes), len(output_partition_sizes)
+        self.config.add_layer(self.codebook, rows * input_size_per_partition)
+
+        widths = {QWEIGHT: self.spec.row_bytes(input_size), SIGNS_IN: input_size // 8}
+        loader = LayerLoad(
+            self.prefix,
+            {ROW_SCALE: 1, BIAS: 1, **widths},
+            slots,
+            load=extra_weight_attrs["weight_loader"],
+            load_bias=layer.weight_loader,
+        ).attach(layer)
+        row_bytes = self.spec.row_bytes(input_size_per_partition)
+        shapes = {QWEIGHT: (rows, row_bytes), ROW_SCALE: (rows,)}
+        shapes[SIGNS_IN] = slots, input_size_per_partition // 8
+        data = {name: torch.empty(shapes[name], dtype=DTYPES[name]) for name in PACKED_TENSORS}
+        # A scale that nobody writes must not look like one: `_finish` finds the NaN.
+        data[ROW_SCALE].fill_(torch.nan)
+        params = {
+            QWEIGHT: PackedvLLMParameter(
+                data=data[QWEIGHT],
+                input_dim=1,
+                output_dim=0,
+                packed_dim=1,
+                packed_factor=input_size_per_partition // row_bytes,
+                weight_loader=loader,
+            ),
+            ROW_SCALE: ChannelQuantScaleParameter(
+                data=data[ROW_SCALE], output_dim=0, weight_loader=loader
+            ),
+            SIGNS_IN: BasevLLMParameter(data=data[SIGNS_IN], weight_loader=loader),
+        }
+        for name, param in params.items():
+            param.pcdvq_tensor = name
+            layer.register_parameter(name, param)
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Check what was loaded and bring it into the form that the op takes.
+
+        Raises:
+            CheckpointError: a tensor is missing, a scale is not finite, or fused layers differ in
+                their input signs.
+        """
+        codebooks = self.config.loaded_codebooks()
+        row_scale, signs_in = self._finish(layer)
+        for name, data in ((QWEIGHT, layer.qweight), (ROW_SCALE, row_scale), (SIGNS_IN, signs_in)):
+            layer.register_parameter(name, Parameter(data.data, requires_grad=False))
+        codewords = codebooks.codewords(self.codebook, layer.qweight.device)
+        layer.register_buffer("codewords", codewords, persistent=False)
+        self.config.log_once(kernels_for(layer.qweight.device))
+
+    def _finish(self, layer: LinearBase) -> tuple[Tensor, Tensor]:
+        """Check the loaded parameters: float32 row_scale [N] and uint8 signs_in [K / 8]."""
+        dummy = not layer.pcdvq_load.filled
+        layer.pcdvq_load.check_complete(layer.bias is not None)
+        row_scale = layer.row_scale.data.float()
+        if not row_scale.isfinite().all():
+            state = "missing or not finite" if dummy else "not finite"
+            raise CheckpointError(f"tensor {self.prefix}.{ROW_SCALE} is {state}. {REMEDY}")
+        signs_in = layer.signs_in.data
+        if signs_in.dim() == 1:
+            return row_scale, signs_in
+        if not dummy and (signs_in != signs_in[0]).any():
+            raise CheckpointError(
+                f"tensor {self.prefix}.{SIGNS_IN} differs between the {len(signs_in)} layers that "
+                f"are served as one; they read the same input and must share it. {REMEDY}"
+            )
+        return row_scale, signs_in[0].clone()
+
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [..., N] in x's dtype, from x [..., K]."""
+        return torch.ops.pcdvq.linear(
+            x,
+            layer.qweight,
+            layer.row_scale,
+            layer.signs_in,
+            layer.codewords,
+            bias,
+            self.layout,
+        )
+
+    def dequantize_weight(self, layer: LinearBase) -> Tensor:
+        """The dense weight [N, K] in the model's dtype; vLLM requantizes from it online."""
+        row_scale, signs_in = self._finish(layer)
+        codebooks = self.config.loaded_codebooks()
+        codebook = codebooks.codebook(self.codebook, layer.qweight.device)
+        dense = reference.dequantize(layer.qweight.data, row_scale, signs_in, codebook, self.block)
+        return dense.to(self.params_dtype)
+
+
+@register_weight_loader_v2_supported_method
+class CheckedUnquantizedLinearMethod(UnquantizedLinearMethod):
+    """vLLM's method for a layer left as it was, where a missing weight is an error.
+
+    vLLM checks that a checkpoint has every weight only if no quantization is configured.
+    """
+
+    def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        layer.weight.data.fill_(torch.nan)
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Check the weight, then do what vLLM does.
+
+        Raises:
+            CheckpointError: the checkpoint has no such weight, or it holds NaN.
+        """
+        if layer.weight.isnan().any():
+            raise CheckpointError(
+                f"tensor {layer.prefix}.weight is missing from the checkpoint or holds NaN. "
+                f"{REMEDY}"
+            )
+        super().process_weights_after_loading(layer)
+
+
+def kernels_for(device: torch.device) -> str:
+    """What runs the op for tensors on `device`, for the log."""
+    if device.type == "cpu" and cpu.available():
+        return f"cpu {cpu.isas()[-1]}"
+    return f"torch on {device.type} (slow)"
+
+
+def check_split(
+    name: str, spec: CodebookSpec, block: int, input_size: int, shard_size: int
+) -> None:
+    """Check that a row-parallel split leaves whole Hadamard blocks and whole bytes in each shard.
+
+    Args:
+        name: the layer, for the error.
+        spec: layout of its codes.
+        block: its Hadamard block.
+        input_size: its columns.
+        shard_size: columns of one shard.
+
+    Raises:
+        PCDVQError: it does not; the message has a tensor-parallel size that would.
+    """
+
+    def fits(columns: int, block: int) -> bool:
+        code_bits = columns // spec.vector_dim * spec.code_bits
+        return columns % block == 0 and columns % 8 == 0 and code_bits % 8 == 0
+
+    tp_size = input_size // shard_size
+    if tp_size == 1 or fits(shard_size, block):
+        return
+    smaller = [
+        size
+        for size in range(2, tp_size)
+        if input_size % size == 0 and fits(input_size // size, block)
+    ]
+    remedy = f"Serve with --tensor-parallel-size {max(smaller, default=1)}"
+    if fits(shard_size, choose_block(input_size, tp_size)):
+        remedy += f", or quantize again with --max-tp {tp_size}"
+    raise PCDVQError(
+        f"layer {name} has {input_size} input columns in Hadamard blocks of {block}; "
+        f"--tensor-parallel-size {tp_size} would cut them into shards of {shard_size}, which are "
+        f"not whole blocks and whole bytes of codes. {remedy}."
+    )

@@ -145,21 +145,17 @@ class PCDVQConfig(QuantizationConfig):
     def _refuse_quantized(self, layer: torch.nn.Module, prefix: str) -> None:
         """Embeddings, the output layer and experts would silently get no weights."""
         inside = [name for name in self.layers if name == prefix or name.startswith(f"{prefix}.")]
-        if prefix and inside:
+        if inside:
             raise CheckpointError(
                 f"layer {inside[0]} is quantized, but vllm-pcdvq does not serve quantized "
                 f"{type(layer).__name__} layers. Quantize again and leave it out."
             )
 
-    def add_layer(self, codebook: str, weights: int) -> None:
+    def add_layer(self, codebook: str, weights: int, model: ModelConfig | None) -> None:
         """Take note of a layer that this worker builds, and of the model it is part of."""
-        from vllm.config import get_current_vllm_config_or_none
-
         self._weights_by_codebook.setdefault(codebook, []).append(weights)
-        vllm_config = get_current_vllm_config_or_none()
-        if vllm_config is not None and vllm_config.model_config is not None:
-            self._model_config = vllm_config.model_config
-            self._loaded_from = vllm_config.model_config.model
+        if model is not None:
+            self._model_config, self._loaded_from = model, model.model
 
     def loaded_codebooks(self) -> CodebookStore:
         """The codebooks that belong to the weights just loaded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from pcdvq_kernels.hadamard import choose_block
 from pcdvq_kernels.ops import Layout
 from torch import Tensor
 from torch.nn import Parameter
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -25,7 +27,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from vllm_pcdvq.loading import BIAS, DTYPES, LayerLoad
+from vllm_pcdvq.loading import DTYPES, LayerLoad
 
 if TYPE_CHECKING:
     from vllm_pcdvq.config import PCDVQConfig
@@ -75,19 +77,23 @@ class PCDVQLinearMethod(LinearMethodBase):
         self.layout = Layout(self.block, self.spec).to_ints()
         self.params_dtype = params_dtype
         rows, slots = sum(output_partition_sizes), len(output_partition_sizes)
-        self.config.add_layer(self.codebook, rows * input_size_per_partition)
+        vllm_config = get_current_vllm_config_or_none()
+        self.config.add_layer(
+            self.codebook, rows * input_size_per_partition, vllm_config and vllm_config.model_config
+        )
 
-        widths = {QWEIGHT: self.spec.row_bytes(input_size), SIGNS_IN: input_size // 8}
         loader = LayerLoad(
             self.prefix,
-            {ROW_SCALE: 1, BIAS: 1, **widths},
+            {QWEIGHT: self.spec.row_bytes(input_size), SIGNS_IN: input_size // 8},
             slots,
             load=extra_weight_attrs["weight_loader"],
             load_bias=layer.weight_loader,
         ).attach(layer)
-        row_bytes = self.spec.row_bytes(input_size_per_partition)
-        shapes = {QWEIGHT: (rows, row_bytes), ROW_SCALE: (rows,)}
-        shapes[SIGNS_IN] = slots, input_size_per_partition // 8
+        shapes = {
+            QWEIGHT: (rows, self.spec.row_bytes(input_size_per_partition)),
+            ROW_SCALE: (rows,),
+            SIGNS_IN: (slots, input_size_per_partition // 8),
+        }
         data = {name: torch.empty(shapes[name], dtype=DTYPES[name]) for name in PACKED_TENSORS}
         # A scale that nobody writes must not look like one: `_finish` finds the NaN.
         data[ROW_SCALE].fill_(torch.nan)
@@ -97,7 +103,7 @@ class PCDVQLinearMethod(LinearMethodBase):
                 input_dim=1,
                 output_dim=0,
                 packed_dim=1,
-                packed_factor=input_size_per_partition // row_bytes,
+                packed_factor=Fraction(8 * self.spec.vector_dim, self.spec.code_bits),
                 weight_loader=loader,
             ),
             ROW_SCALE: ChannelQuantScaleParameter(

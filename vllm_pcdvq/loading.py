@@ -34,7 +34,7 @@ class LayerLoad:
 
     Attributes:
         name: vLLM's name of the layer.
-        widths: elements of one row of each tensor on disk; 1 for tensors of one value per row.
+        widths: length of the last dimension on disk, of the tensors that depend on K.
         slots: number of slots.
         load: vLLM's loader of sharded parameters.
         load_bias: vLLM's loader of the layer's bias.
@@ -126,13 +126,11 @@ def _check(layer: LinearBase, tensor: str, slots: list[int], loaded: Tensor) -> 
             f"tensor {name} is {loaded.dtype}, the format asks for {dtype or 'a float'}"
         )
     rows = _rows_on_disk(layer, slots)
-    width = state.widths[tensor]
+    expected = [loaded.shape[0] if rows is None and loaded.dim() else rows]
     if tensor == SIGNS_IN:
-        expected = [width]
-    elif tensor == QWEIGHT:
-        expected = [rows if rows is not None else loaded.shape[0], width]
-    else:
-        expected = [rows if rows is not None else loaded.shape[0]]
+        expected = []
+    if tensor in state.widths:
+        expected.append(state.widths[tensor])
     if list(loaded.shape) != expected:
         raise CheckpointError(
             f"tensor {name} is {list(loaded.shape)}, expected {expected}. {REMEDY}"

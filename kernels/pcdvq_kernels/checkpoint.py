@@ -161,7 +161,8 @@ _TABLES = ("directions", "magnitudes")
 
 def _read_headers(directory: Path) -> dict[str, TensorInfo]:
     """Headers of every shard of the index; each must hold what the index says, no more."""
-    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+    index = read_json(directory / INDEX_FILE)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{directory / INDEX_FILE} has no weight_map. {REMEDY}")
     shards: dict[str, set[str]] = {}
@@ -182,7 +183,17 @@ def _read_headers(directory: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{path} is missing. {REMEDY}") from None
         except SafetensorError as error:
             raise CheckpointError(f"{path} cannot be read ({error}). {REMEDY}") from None
+    _check_total(index.get("metadata"), sum(tensor.bytes for tensor in tensors.values()))
     return tensors
+
+
+def _check_total(metadata: object, found: int) -> None:
+    """The index's total size tells of tensors that are missing from shard and index alike."""
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if total is not None and total != found:
+        raise CheckpointError(
+            f"{INDEX_FILE} says that all tensors take {total} bytes, they take {found}. {REMEDY}"
+        )
 
 
 def _check_layer(

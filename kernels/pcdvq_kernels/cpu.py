@@ -59,11 +59,12 @@ class _Nearest(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> ctypes.CDLL | str:
+    """The library, or why it cannot be loaded."""
     try:
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError:
-        return None
+    except OSError as error:
+        return str(error)
     library.pcdvq_linear.argtypes = (ctypes.POINTER(_Linear),)
     library.pcdvq_nearest.argtypes = (ctypes.POINTER(_Nearest),)
     return library
@@ -71,13 +72,21 @@ def _library() -> ctypes.CDLL | None:
 
 def available() -> bool:
     """Whether the compiled kernels are installed and can be loaded."""
-    return _library() is not None
+    return not isinstance(_library(), str)
+
+
+def unavailable_message() -> str:
+    """Why the compiled kernels cannot be used, and what to do about it."""
+    return (
+        f"the compiled CPU kernels are missing ({_library()}). Install g++ (apt-get install g++, "
+        "or dnf install gcc-c++) and reinstall vllm-pcdvq"
+    )
 
 
 def isas() -> list[str]:
     """Instruction sets this CPU can run, best last; empty without the compiled kernels."""
     library = _library()
-    best = 0 if library is None else library.pcdvq_best_isa()
+    best = 0 if isinstance(library, str) else library.pcdvq_best_isa()
     return [name for name, number in ISAS.items() if 0 < number <= best]
 
 
@@ -89,11 +98,8 @@ def _isa_number(isa: str) -> int:
 
 def _loaded() -> ctypes.CDLL:
     library = _library()
-    if library is None:
-        raise PCDVQError(
-            f"the compiled CPU kernels are missing: {LIBRARY} cannot be loaded. Install g++ "
-            "(apt-get install g++, or dnf install gcc-c++) and reinstall vllm-pcdvq."
-        )
+    if isinstance(library, str):
+        raise PCDVQError(unavailable_message())
     return library
 
 

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from pcdvq_kernels import cpu
 from pcdvq_kernels.arguments import LayoutFields, check_linear, check_nearest
 from pcdvq_kernels.packing import unpack_codes
 from pcdvq_kernels.reference import rotate_activations
@@ -73,12 +74,9 @@ def nearest(x: Tensor, codewords: Tensor, bias: Tensor) -> Tensor:
 @cache
 def warn_slow(device_type: str) -> None:
     """Warn once per device type that the slow path serves."""
-    remedy = (
-        "the compiled CPU kernels are missing. Install g++ (apt-get install g++, or dnf install "
-        "gcc-c++) and reinstall vllm-pcdvq"
+    reason = (
+        cpu.unavailable_message()
         if device_type == "cpu"
         else f"there are no compiled kernels for {device_type} tensors"
     )
-    warnings.warn(
-        f"PCDVQ layers run on a slow torch path: {remedy}.", RuntimeWarning, stacklevel=3
-    )
+    warnings.warn(f"PCDVQ layers run on a slow torch path: {reason}.", RuntimeWarning, stacklevel=3)

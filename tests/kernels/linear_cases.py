@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
-from torch import Tensor
-
 from pcdvq_kernels import reference
-from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.codebook import MAX_LEVEL, Codebook
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.ops import Layout
+from torch import Tensor
 
 
 def _spec(
@@ -40,7 +40,7 @@ SPECS = {
     "generic-8x13": _spec(8, True, False, 5, 0),
     "generic-8x24": _spec(8, True, True, 14, 2),
     "generic-4x11": _spec(4, True, True, 5, 2),
-    "generic-2x22": _spec(2, True, True, 16, 4),
+    "generic-2x20": _spec(2, True, True, 16, 2),
 }
 BLOCKS = {8: 2, 72: 8, 576: 64, 896: 128, 1536: 512, 4864: 256}
 
@@ -54,6 +54,7 @@ class Case:
     row_scale: Tensor
     signs_in: Tensor
     codebook: Codebook
+    codewords: Tensor
     block: int
     bias: Tensor | None = None
 
@@ -64,7 +65,7 @@ class Case:
             self.qweight,
             self.row_scale,
             self.signs_in,
-            self.codebook.codewords(),
+            self.codewords,
             self.bias,
             layout,
         )
@@ -80,30 +81,57 @@ class Case:
             self.bias,
         )
 
+    def error_scale(self) -> float:
+        """Largest product of norms that an output's factors can have: rounding scales with it."""
+        weight_norm = MAX_LEVEL * self.x.shape[-1] ** 0.5 * self.row_scale.max()
+        return (self.x.float().norm(dim=-1).max() * weight_norm).item()
+
     def with_x(self, x: Tensor) -> Case:
         return replace(self, x=x)
 
 
-def random_codebook(spec: CodebookSpec, generator: torch.Generator) -> Codebook:
+@cache
+def random_codebook(codec: str) -> tuple[Codebook, Tensor]:
+    """A codebook and its codewords; large ones take a while to make."""
+    generator = torch.Generator().manual_seed(len(codec))
+    spec = SPECS[codec]
     lowest = 0 if spec.signs else -60
     directions = torch.randint(lowest, 61, (spec.rows, spec.vector_dim), generator=generator)
     magnitudes = torch.randint(1, 17, (1 << spec.magnitude_bits,), generator=generator)
-    return Codebook(spec, directions.to(torch.int8), magnitudes.to(torch.uint8))
+    codebook = Codebook(spec, directions.to(torch.int8), magnitudes.to(torch.uint8))
+    return codebook, codebook.codewords()
 
 
 def random_case(
     codec: str, m: int, n: int, k: int, *, block: int | None = None, bias: bool = False
 ) -> Case:
     generator = torch.Generator().manual_seed(m + 1000 * n + k)
-    spec = SPECS[codec]
+    codebook, codewords = random_codebook(codec)
     return Case(
         x=torch.randn(m, k, generator=generator),
-        qweight=_random_bytes((n, spec.row_bytes(k)), generator),
+        qweight=_random_bytes((n, codebook.spec.row_bytes(k)), generator),
         row_scale=torch.rand(n, generator=generator) / 64,
         signs_in=_random_bytes((k // 8,), generator),
-        codebook=random_codebook(spec, generator),
+        codebook=codebook,
+        codewords=codewords,
         block=BLOCKS[k] if block is None else block,
         bias=torch.randn(n, generator=generator) if bias else None,
+    )
+
+
+def unit_case(n: int) -> Case:
+    """N equal rows with level 1 throughout and row scale 1, K = 8, no signs, no rotation."""
+    spec = SPECS["generic-8x1"]
+    directions = torch.full((spec.rows, 8), 8, dtype=torch.int8)
+    codebook = Codebook(spec, directions, torch.ones(1, dtype=torch.uint8))
+    return Case(
+        x=torch.zeros(1, 8),
+        qweight=torch.zeros(n, 1, dtype=torch.uint8),
+        row_scale=torch.ones(n),
+        signs_in=torch.zeros(1, dtype=torch.uint8),
+        codebook=codebook,
+        codewords=codebook.codewords(),
+        block=1,
     )
 
 

@@ -1,6 +1,8 @@
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from bare_layers import tensor_parallel
@@ -15,17 +17,17 @@ def vllm_config() -> Iterator[VllmConfig]:
         yield config
 
 
-@pytest.fixture(scope="session")
-def engine(pytestconfig: pytest.Config) -> Iterator[ProcessPoolExecutor]:
+@contextmanager
+def engine_process(cache: Path, **changes: str) -> Iterator[ProcessPoolExecutor]:
     """A process that runs vLLM engines in itself, one after another."""
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_CI_ENV": "1",
-        "VLLM_CACHE_ROOT": str(pytestconfig.cache.mkdir("vllm")),
+        "VLLM_CACHE_ROOT": str(cache),
         "VLLM_DISABLE_COMPILE_CACHE": "1",
-        "TORCH_COMPILE_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
+        **changes,
     }
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         with pytest.MonkeyPatch.context() as patch:
@@ -33,4 +35,18 @@ def engine(pytestconfig: pytest.Config) -> Iterator[ProcessPoolExecutor]:
                 patch.setenv(name, value)
             # The first task starts the process, which inherits the environment.
             executor.submit(int).result()
+        yield executor
+
+
+@pytest.fixture(scope="session")
+def engine(pytestconfig: pytest.Config) -> Iterator[ProcessPoolExecutor]:
+    # vLLM compiles a few helpers even in eager mode, which takes longer than all the rest.
+    with engine_process(pytestconfig.cache.mkdir("vllm"), TORCH_COMPILE_DISABLE="1") as executor:
+        yield executor
+
+
+@pytest.fixture
+def compiling_engine(pytestconfig: pytest.Config) -> Iterator[ProcessPoolExecutor]:
+    # In its CI mode vLLM traces models but does not compile them.
+    with engine_process(pytestconfig.cache.mkdir("vllm"), VLLM_CPU_CI_ENV="0") as executor:
         yield executor

@@ -30,22 +30,26 @@ class Generation:
 
 
 def make_engine(checkpoint: Path, **arguments: Any) -> Any:
-    import torch._dynamo
     from vllm import LLM
 
-    arguments = {**SMALL, **arguments}
-    # vLLM compiles a few helpers even in eager mode, which takes longer than all else here.
-    torch._dynamo.config.disable = arguments["enforce_eager"]
-    return LLM(str(checkpoint), **arguments)
+    return LLM(str(checkpoint), **{**SMALL, **arguments})
 
 
-def continue_prompts(llm: Any, prompts: list[list[int]]) -> list[Generation]:
+def continue_prompts(
+    llm: Any, prompts: list[list[int]], adapter: Path | None = None
+) -> list[Generation]:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     greedy = SamplingParams(
         temperature=0, max_tokens=NEW_TOKENS, logprobs=5, detokenize=False, ignore_eos=True
     )
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        greedy,
+        use_tqdm=False,
+        lora_request=adapter and LoRARequest("adapter", 1, str(adapter)),
+    )
     return [
         Generation(
             [*prompt, *output.outputs[0].token_ids],
@@ -65,33 +69,51 @@ def _close(llm: Any) -> None:
     cleanup_dist_env_and_memory()
 
 
-def generate(checkpoint: Path, prompts: list[list[int]], **arguments: Any) -> list[Generation]:
-    llm = make_engine(checkpoint, **arguments)
+def generate(
+    checkpoint: Path, prompts: list[list[int]], adapter: Path | None = None, **arguments: Any
+) -> list[Generation]:
+    llm = make_engine(checkpoint, enable_lora=adapter is not None, **arguments)
     try:
-        return continue_prompts(llm, prompts)
+        return continue_prompts(llm, prompts, adapter)
     finally:
         _close(llm)
 
 
 def generate_and_reload(
     first: Path, others: list[Path], prompts: list[list[int]], **arguments: Any
-) -> list[list[Generation] | str]:
-    """Serve `first`, then the weights of the others in its place: results, or errors as text."""
+) -> list[list[Generation]]:
+    """Serve `first`, then the weights of each of the others in its place."""
     llm = make_engine(first, **arguments)
-    results: list[list[Generation] | str] = [continue_prompts(llm, prompts)]
     try:
+        results = [continue_prompts(llm, prompts)]
         for path in others:
             llm.collective_rpc("update_config", args=({"load_config": {"load_format": "auto"}},))
-            try:
-                llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
-            except ValueError as error:
-                results.append(str(error))
-            else:
-                llm.reset_prefix_cache()
-                results.append(continue_prompts(llm, prompts))
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+            llm.reset_prefix_cache()
+            results.append(continue_prompts(llm, prompts))
         return results
     finally:
         _close(llm)
+
+
+def reload_without(checkpoint: Path, shard: str, missing: str) -> None:
+    """Serve a checkpoint, then hand the engine all its tensors again except one."""
+    from safetensors.torch import load_file
+
+    llm = make_engine(checkpoint)
+    tensors = load_file(checkpoint / shard)
+    del tensors[missing]
+    try:
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(tensors.items())})
+    finally:
+        _close(llm)
+
+
+def compiled_models() -> int:
+    """Models of this process that run compiled."""
+    from vllm.compilation.counter import compilation_counter
+
+    return compilation_counter.num_models_seen
 
 
 def configure(checkpoint: Path, **arguments: Any) -> None:

@@ -178,3 +178,29 @@ def _write(
         tables[f"{id}.directions"] = codebook.directions
         tables[f"{id}.magnitudes"] = codebook.magnitudes
     save_file(tables, path / CODEBOOK_FILE)
+
+
+def add_random_adapter(path: Path, model: PreTrainedModel, rank: int = 8) -> None:
+    """Write a random LoRA adapter of all quantized layers to `path` and add it to `model`."""
+    path.mkdir()
+    tensors = {}
+    parts = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        down = torch.randn(rank, module.in_features).div(20)
+        up = torch.randn(module.out_features, rank).div(20)
+        module.weight.data += up @ down
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up
+        parts.add(name.rpartition(".")[2])
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(parts),
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config))

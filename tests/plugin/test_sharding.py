@@ -159,7 +159,7 @@ def test_input_shards(size: int, vllm_config) -> None:
     [
         (256, 64, 8, r"--tensor-parallel-size 4\."),
         (4096, 4096, 2, r"--tensor-parallel-size 1, or quantize again with --max-tp 2\."),
-        (576, 64, 2, r"--tensor-parallel-size 1\."),
+        (72, 8, 2, r"--tensor-parallel-size 1\."),
     ],
 )
 def test_input_shards_that_cut_blocks(

@@ -1,0 +1,157 @@
+"""Damaged checkpoints are refused by name before any weight is read."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import save_model, tiny_config
+from pcdvq_kernels.checkpoint import CODEBOOK_FILE, INDEX_FILE, open_checkpoint
+from pcdvq_kernels.errors import CheckpointError
+from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
+from safetensors.torch import load_file, save_file
+
+SHARD = "model-00001-of-00001.safetensors"
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    source = save_model(directory / "model", tiny_config())
+    quantize_model(make_plan(str(source), QuantizeOptions(bits=2.25)), directory / "quantized")
+    return directory / "quantized"
+
+
+@pytest.fixture
+def copy(pristine: Path, tmp_path: Path) -> Path:
+    shutil.copytree(pristine, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def change_tensors(directory: Path, change: Callable[[dict], None], index: bool = False) -> None:
+    """Rewrite the shard, and with `index` the index so that it agrees."""
+    tensors = load_file(directory / SHARD)
+    change(tensors)
+    save_file(tensors, directory / SHARD)
+    if index:
+        content = json.loads((directory / INDEX_FILE).read_text())
+        content["weight_map"] = dict.fromkeys(tensors, SHARD)
+        (directory / INDEX_FILE).write_text(json.dumps(content))
+
+
+def change_config(directory: Path, change: Callable[[dict], None]) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    change(config["quantization_config"])
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def test_pristine_opens(copy: Path) -> None:
+    assert len(open_checkpoint(copy).layers) == 14
+
+
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize(
+    "tensor", [f"{LAYER}.qweight", f"{LAYER}.row_scale", f"{LAYER}.signs_in", "model.norm.weight"]
+)
+def test_missing_tensor(copy: Path, tensor: str, index: bool) -> None:
+    change_tensors(copy, lambda tensors: tensors.pop(tensor), index)
+    with pytest.raises(CheckpointError, match=r"missing|lacks tensor|total_size|say"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_extra_tensor(copy: Path, index: bool) -> None:
+    change_tensors(copy, lambda tensors: tensors.update(other=torch.zeros(3)), index)
+    with pytest.raises(CheckpointError, match=r"unexpected tensor other|all tensors take"):
+        open_checkpoint(copy)
+
+
+def test_dense_weight_beside_the_codes(copy: Path) -> None:
+    def add(tensors: dict) -> None:
+        tensors[f"{LAYER}.weight"] = torch.zeros(192, 64)
+        tensors.pop("model.norm.weight")
+
+    change_tensors(copy, add, index=True)
+    content = json.loads((copy / INDEX_FILE).read_text())
+    del content["metadata"]
+    (copy / INDEX_FILE).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight does not belong"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        (f"{LAYER}.qweight", torch.zeros(192, 17, dtype=torch.uint8), r"\[192, 17\], expected"),
+        (f"{LAYER}.qweight", torch.zeros(192, 18, dtype=torch.int8), "is I8"),
+        (f"{LAYER}.row_scale", torch.zeros(191, dtype=torch.bfloat16), r"expected \[191, 18\]"),
+        (f"{LAYER}.row_scale", torch.zeros(192), "is F32, the format asks for BF16"),
+        (f"{LAYER}.row_scale", torch.zeros(192, 1, dtype=torch.bfloat16), r"\[192, 1\]"),
+        (f"{LAYER}.signs_in", torch.zeros(7, dtype=torch.uint8), "input size 56"),
+        (f"{LAYER}.signs_in", torch.zeros(0, dtype=torch.uint8), "is empty"),
+    ],
+)
+def test_wrong_tensor(copy: Path, tensor: str, value: torch.Tensor, message: str) -> None:
+    change_tensors(copy, lambda tensors: tensors.update({tensor: value}))
+    content = json.loads((copy / INDEX_FILE).read_text())
+    del content["metadata"]
+    (copy / INDEX_FILE).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("file", [SHARD, CODEBOOK_FILE, INDEX_FILE, "config.json"])
+@pytest.mark.parametrize("keep", [0.0, 0.5, None])
+def test_truncated_or_missing_file(copy: Path, file: str, keep: float | None) -> None:
+    content = (copy / file).read_bytes()
+    (copy / file).unlink()
+    if keep is not None:
+        (copy / file).write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(CheckpointError, match=file):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config.update(format_version=2), "format_version is 2"),
+        (lambda config: config.update(format_version="1"), "format_version is '1'"),
+        (lambda config: config.update(quant_method="gptq"), "not a PCDVQ checkpoint"),
+        (lambda config: config.update(colour="red"), "colour"),
+        (lambda config: config["codebooks"]["signed-2.25"].update(codec="qtip"), "codec"),
+        (lambda config: config["codebooks"]["signed-2.25"].update(pattern_bits=40), "pattern_bits"),
+        (lambda config: config["codebooks"]["signed-2.25"].update(magnitude_bits=2), "directions|"),
+        (lambda config: config["layers"].update({LAYER: "signed-3"}), "unknown codebook"),
+        (lambda config: config["layers"].pop(LAYER), "does not list"),
+        (lambda config: config["layers"].update({"model.other": "signed-2.25"}), "model.other"),
+        (lambda config: config.update(layers={}), "layers"),
+        (lambda config: config["hadamard_blocks"].update({"64": 48}), "power of two"),
+        (lambda config: config["hadamard_blocks"].update({"64": 128}), "divides 64"),
+        (lambda config: config["hadamard_blocks"].pop("64"), "input size 64"),
+        (lambda config: config.update(max_tp=0), "max_tp"),
+        (lambda config: config.pop("codebooks"), "codebooks"),
+    ],
+)
+def test_bad_configuration(copy: Path, change: Callable[[dict], None], message: str) -> None:
+    change_config(copy, change)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(copy)
+
+
+def test_codebook_out_of_limits(copy: Path) -> None:
+    tables = load_file(copy / CODEBOOK_FILE)
+    tables["signed-2.25.magnitudes"] = torch.tensor([0, 7], dtype=torch.uint8)
+    save_file(tables, copy / CODEBOOK_FILE)
+    with pytest.raises(CheckpointError, match="magnitudes"):
+        open_checkpoint(copy)
+
+
+def test_index_cannot_point_outside(copy: Path) -> None:
+    content = json.loads((copy / INDEX_FILE).read_text())
+    content["weight_map"]["model.norm.weight"] = "../../etc/passwd"
+    (copy / INDEX_FILE).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="is not a file name"):
+        open_checkpoint(copy)

@@ -45,6 +45,9 @@ setup(
                 "-fvisibility=hidden",
                 "-ffp-contract=off",
                 "-g0",
+                # gcc 12 warns about its own AVX-512 header, thousands of lines of it.
+                "-Wno-uninitialized",
+                "-Wno-maybe-uninitialized",
             ],
             extra_link_args=["-fopenmp"],
             optional=True,

@@ -271,7 +271,7 @@ Decoder find_decoder(const PcdvqLayout& layout) {
   match<8, 16, true, true>(layout, &decoder) || match<8, 18, true, true>(layout, &decoder) ||
       match<8, 16, false, false>(layout, &decoder) ||
       match<8, 18, false, false>(layout, &decoder) ||
-      match<4, 12, true, false>(layout, &decoder) || match<4, 16, true, true>(layout, &decoder) ||
+      match<4, 12, true, true>(layout, &decoder) || match<4, 16, true, false>(layout, &decoder) ||
       match<2, 8, true, false>(layout, &decoder);
   return decoder;
 }

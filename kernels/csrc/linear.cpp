@@ -56,6 +56,8 @@ struct Linear {
         acc_floats(std::min(problem.m, kBlockRows) * kPanelRows * k.lanes),
         thread_floats(acc_floats + kPanelRows * kPanelColumns) {}
 
+  int64_t panels() const { return (p.n + kPanelRows - 1) / kPanelRows; }
+
   int64_t rotate_run() const {
     const int64_t block = p.layout.hadamard_block;
     return std::max(block, kRotateColumns / block * block);
@@ -80,19 +82,17 @@ struct Linear {
     store_element(p.out, p.x_dtype, m * p.n + n, y);
   }
 
-  // Outputs [m0, m0 + rows) x [n0, n0 + panel_rows) for at most kFusedRows rows.
-  void fused(const Weights& weights, const float* x, int64_t m0, int64_t rows, int64_t n0) const {
+  // Outputs [0, m) x [n0, n0 + kPanelRows), m <= kFusedRows.
+  void fused(const Weights& weights, const float* x, int64_t n0) const {
     const int64_t panel_rows = std::min(kPanelRows, p.n - n0);
     float sums[kFusedRows * kPanelRows];
-    decoder.fused(weights, n0, panel_rows, x, x_stride, rows, p.k / 8, sums);
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t r = 0; r < panel_rows; ++r) {
-        write(sums[i * panel_rows + r], m0 + i, n0 + r);
-      }
+    decoder.fused(weights, n0, panel_rows, x, x_stride, p.m, p.k / 8, sums);
+    for (int64_t i = 0; i < p.m; ++i) {
+      for (int64_t r = 0; r < panel_rows; ++r) write(sums[i * panel_rows + r], i, n0 + r);
     }
   }
 
-  // Outputs [m0, m0 + rows) x [n0, n0 + panel_rows).
+  // Outputs [m0, m0 + rows) x [n0, n0 + kPanelRows).
   void panel(const Weights& weights, const float* x, int64_t m0, int64_t rows, int64_t n0,
              float* scratch) const {
     const int64_t panel_rows = std::min(kPanelRows, p.n - n0);
@@ -116,40 +116,59 @@ struct Linear {
     }
   }
 
-  PcdvqStatus run() const {
-    const int64_t block_rows = std::min(p.m, kBlockRows);
+  // A few activation rows: every thread rotates all of them for itself, which takes less time than
+  // a barrier after a shared rotation.
+  PcdvqStatus run_fused(const Weights& weights, int threads) const {
     const int64_t units = rotate_units();
-    const int64_t panels = (p.n + kPanelRows - 1) / kPanelRows;
-    const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, panels)));
-    alignas(64) float table[kTableFloats];
-    if (decoder.expand) decoder.expand(p.layout, p.codewords, table);
-    const Weights weights = {p.qweight, decoder.expand ? static_cast<const void*>(table) : p.codewords,
-                             p.row_bytes, p.layout};
-    const Buffer rotated = allocate(block_rows * x_stride);
+    const Buffer rotated = allocate(threads * p.m * x_stride);
+    if (!rotated) return PCDVQ_NO_MEMORY;
+#pragma omp parallel num_threads(threads)
+    {
+      float* mine = rotated.get() + thread_index() * p.m * x_stride;
+      for (int64_t i = 0; i < p.m * units; ++i) {
+        rotate(i / units, i % units, mine + i / units * x_stride);
+      }
+#pragma omp for schedule(dynamic) nowait
+      for (int64_t i = 0; i < panels(); ++i) fused(weights, mine, i * kPanelRows);
+    }
+    return PCDVQ_OK;
+  }
+
+  PcdvqStatus run_panels(const Weights& weights, int threads) const {
+    const int64_t units = rotate_units();
+    const Buffer rotated = allocate(std::min(p.m, kBlockRows) * x_stride);
     const Buffer scratch = allocate(threads * thread_floats);
     if (!rotated || !scratch) return PCDVQ_NO_MEMORY;
-    // Tiles past the end of a panel read its other rows: they must not be denormals or NaNs.
+    // A tile at the end of N reads panel rows that nobody decoded.
     std::fill(scratch.get(), scratch.get() + threads * thread_floats, 0.0f);
 #pragma omp parallel num_threads(threads)
     {
       float* mine = scratch.get() + thread_index() * thread_floats;
       for (int64_t m0 = 0; m0 < p.m; m0 += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, p.m - m0);
+        if (m0 > 0) {  // other threads may still read the rows rotated before
+#pragma omp barrier
+        }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows * units; ++i) {
           rotate(m0 + i / units, i % units, rotated.get() + i / units * x_stride);
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < panels; ++i) {
-          if (rows <= kFusedRows) {
-            fused(weights, rotated.get(), m0, rows, i * kPanelRows);
-          } else {
-            panel(weights, rotated.get(), m0, rows, i * kPanelRows, mine);
-          }
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t i = 0; i < panels(); ++i) {
+          panel(weights, rotated.get(), m0, rows, i * kPanelRows, mine);
         }
       }
     }
     return PCDVQ_OK;
+  }
+
+  PcdvqStatus run() const {
+    alignas(64) float table[kTableFloats];
+    if (decoder.expand) decoder.expand(p.layout, p.codewords, table);
+    const void* codewords = decoder.expand ? static_cast<const void*>(table) : p.codewords;
+    const Weights weights = {p.qweight, codewords, p.row_bytes, p.layout};
+    const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, panels())));
+    return p.m <= kFusedRows ? run_fused(weights, threads) : run_panels(weights, threads);
   }
 };
 

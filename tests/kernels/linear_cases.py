@@ -31,15 +31,15 @@ def _spec(
 SPECS = {
     "signed-8x16": _spec(8, True, True, 7, 1),
     "signed-8x18": _spec(8, True, True, 9, 1),
-    "signed-4x12": _spec(4, True, False, 7, 1),
-    "signed-4x16": _spec(4, True, True, 10, 2),
+    "signed-4x12": _spec(4, True, True, 7, 1),
+    "signed-4x16": _spec(4, True, False, 10, 2),
     "signed-2x8": _spec(2, True, False, 5, 1),
     "e8-16": _spec(8, False, False, 14, 2),
     "e8-18": _spec(8, False, False, 16, 2),
     "generic-8x1": _spec(8, False, False, 1, 0),
     "generic-8x13": _spec(8, True, False, 5, 0),
     "generic-8x24": _spec(8, True, True, 14, 2),
-    "generic-4x11": _spec(4, True, True, 5, 2),
+    "generic-4x11": _spec(4, True, False, 5, 2),
     "generic-2x20": _spec(2, True, True, 16, 2),
 }
 BLOCKS = {8: 2, 72: 8, 576: 64, 896: 128, 1536: 512, 4864: 256}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -20,19 +21,19 @@ from rich.console import Console
 from server import ServerError, running_server, server_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-# The lowest offered rate at which this model, uncalibrated, still answers sensibly: models this
-# small have little to spare, larger ones keep their sense at fewer bits.
+PCDVQ = Path(sys.executable).with_name("pcdvq")
+# The lowest offered rate at which this model, uncalibrated, still answers sensibly.
 DEFAULT_BITS = 4.0
+SPEED_TOKENS = 64
 QUESTION = "What is the capital of France?"
 SERVE_ARGUMENTS = ("--max-model-len", "2048", "--max-num-seqs", "16")
 console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A chat answer and its speed: tokens after the first over the seconds they took."""
+class Speed:
+    """Of one stream: tokens after the first over the seconds they took."""
 
-    text: str
     tokens: int
     first_token_seconds: float
     tokens_per_second: float
@@ -48,41 +49,46 @@ def smollm2_gguf() -> Path:
 
 def quantize(model: Path, checkpoint: Path, bits: float) -> None:
     """Run `pcdvq quantize` unless an earlier demo left the checkpoint."""
-    command = [str(Path(sys.executable).with_name("pcdvq")), "quantize", str(model)]
-    command += [str(checkpoint), "--bits", f"{bits:g}"]
     if checkpoint.exists():
         console.print(f"Using {checkpoint} from an earlier run; delete it to quantize again.")
         return
-    console.print(f"$ {shlex.join(command)}")
-    subprocess.run(command, check=True)
+    arguments = ["quantize", str(model), str(checkpoint), "--bits", f"{bits:g}"]
+    console.print(f"$ pcdvq {shlex.join(arguments)}")
+    subprocess.run([PCDVQ, *arguments], check=True)
 
 
-def ask(client: OpenAI, question: str) -> Answer:
-    """Stream one greedy chat answer of at most 100 tokens."""
-    started = time.monotonic()
-    stream = client.chat.completions.create(
+def ask(client: OpenAI, question: str) -> str:
+    """The greedy chat answer to `question`."""
+    answer = client.chat.completions.create(
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": question}],
         temperature=0,
         max_completion_tokens=100,
-        stream=True,
-        stream_options={"include_usage": True},
     )
-    first, text, tokens = None, [], 0
-    for chunk in stream:
-        if chunk.usage:
-            tokens = chunk.usage.completion_tokens
-        for choice in chunk.choices:
-            if choice.delta.content:
-                first = first or time.monotonic()
-                text.append(choice.delta.content)
-    first = first or time.monotonic()
-    seconds = max(time.monotonic() - first, 1e-9)
-    return Answer("".join(text), tokens, first - started, (tokens - 1) / seconds)
+    return answer.choices[0].message.content or ""
 
 
-def print_sizes(model: Path, checkpoint: Path) -> None:
-    command = [str(Path(sys.executable).with_name("pcdvq")), "inspect", str(checkpoint), "--json"]
+def measure_speed(client: OpenAI) -> Speed:
+    """Time one stream of `SPEED_TOKENS` tokens."""
+    started = time.monotonic()
+    stream = client.completions.create(
+        model=client.models.list().data[0].id,
+        prompt="Once upon a time",
+        temperature=0,
+        max_tokens=SPEED_TOKENS,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    first = time.monotonic()
+    for _ in stream:
+        pass
+    seconds = time.monotonic() - first
+    return Speed(SPEED_TOKENS, first - started, (SPEED_TOKENS - 1) / seconds)
+
+
+def print_sizes(checkpoint: Path) -> None:
+    command = [PCDVQ, "inspect", str(checkpoint), "--json"]
     summary = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     weights = sum(rows * columns for rows, columns in (row["shape"] for row in summary["layers"]))
     before, after = 2 * weights, summary["packed_bytes"] + summary["codebook_bytes"]
@@ -97,7 +103,7 @@ def print_sizes(model: Path, checkpoint: Path) -> None:
 
 def main(bits: float = DEFAULT_BITS, question: str = QUESTION) -> None:
     """Quantize, serve, ask."""
-    directory = ROOT / "demo"
+    directory = Path(os.path.relpath(ROOT / "demo"))
     directory.mkdir(exist_ok=True)
     model, checkpoint = smollm2_gguf(), directory / f"SmolLM2-135M-Instruct-pcdvq-{bits:g}bit"
     quantize(model, checkpoint, bits)
@@ -107,22 +113,21 @@ def main(bits: float = DEFAULT_BITS, question: str = QUESTION) -> None:
         with running_server(checkpoint, log, SERVE_ARGUMENTS) as server:
             console.print(f"Ready after {server.ready_seconds:.0f} s.")
             client = OpenAI(base_url=server.base_url, api_key="none")
-            ask(client, "Hello")  # the first request pays for warm-up
             answer = ask(client, question)
+            speed = measure_speed(client)
     except ServerError as error:
         sys.exit(str(error))
-    console.print(f"\n[bold]Q:[/bold] {question}\n[bold]A:[/bold] {answer.text}\n")
-    print_sizes(model, checkpoint)
+    console.print(f"\n[bold]Q:[/bold] {question}\n[bold]A:[/bold] {answer}\n")
+    print_sizes(checkpoint)
     console.print(
-        f"Speed: {answer.tokens_per_second:.1f} tokens/s for one stream "
-        f"({answer.tokens} tokens, first after {answer.first_token_seconds:.2f} s).\n"
-        f"Rate: {bits:g} bits per weight."
-        + (
-            " The lowest at which this 135M model, uncalibrated, still answers sensibly."
-            if bits == DEFAULT_BITS
-            else ""
-        )
+        f"Speed: {speed.tokens_per_second:.1f} tokens/s for one stream "
+        f"({speed.tokens} tokens, the first after {speed.first_token_seconds:.2f} s)."
     )
+    if bits == DEFAULT_BITS:
+        console.print(
+            f"{bits:g} bits is the lowest rate at which this 135M model, uncalibrated, still "
+            "answers sensibly; larger models keep their sense at fewer bits."
+        )
     bind = server_environment()["VLLM_CPU_OMP_THREADS_BIND"]
     console.print(
         "\nKeep it running:       "

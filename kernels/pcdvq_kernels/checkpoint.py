@@ -237,7 +237,9 @@ def _check_no_strays(config: PCDVQCheckpointConfig, tensors: Iterable[str]) -> N
 
 def _compare(where: str, expected: set[str], found: set[str]) -> None:
     if missing := sorted(expected - found):
-        raise CheckpointError(f"{where} lacks tensor {missing[0]} ({len(missing)} in all). {REMEDY}")
+        raise CheckpointError(
+            f"{where} lacks tensor {missing[0]} ({len(missing)} in all). {REMEDY}"
+        )
     if extra := sorted(found - expected):
         raise CheckpointError(
             f"{where} holds unexpected tensor {extra[0]} ({len(extra)} in all). {REMEDY}"

@@ -75,7 +75,7 @@ class PCDVQCheckpointConfig(BaseModel):
         for layer, codebook in self.layers.items():
             if codebook not in self.codebooks:
                 known = ", ".join(sorted(self.codebooks))
-                raise ValueError(f"layer {layer} uses unknown codebook {codebook!r}; known: {known}")
+                raise ValueError(f"layer {layer}: unknown codebook {codebook!r}; known: {known}")
         for in_features, block in self.hadamard_blocks.items():
             if not in_features.isdecimal() or int(in_features) < 8:
                 raise ValueError(f"hadamard_blocks: {in_features!r} is not an input size")

@@ -114,8 +114,18 @@ def test_hadamard_is_sylvester_ordered() -> None:
 
 @pytest.mark.parametrize(
     ("in_features", "max_tp", "block"),
-    [(576, 8, 64), (896, 8, 64), (896, 1, 128), (1536, 8, 64), (4864, 4, 64), (4096, 8, 512)]
-    + [(14336, 8, 256), (8, 8, 8), (72, 2, 8), (65536, 1, 4096)],
+    [
+        (576, 8, 64),
+        (896, 8, 64),
+        (896, 1, 128),
+        (1536, 8, 64),
+        (4864, 4, 64),
+        (4096, 8, 512),
+        (14336, 8, 256),
+        (8, 8, 8),
+        (72, 2, 8),
+        (65536, 1, 4096),
+    ],
 )
 def test_block_choice(in_features: int, max_tp: int, block: int) -> None:
     assert choose_block(in_features, max_tp) == block

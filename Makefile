@@ -34,7 +34,9 @@ endif
 
 # Pins what is installed now.
 lock: .venv/installed
-	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude vllm > requirements-cpu.lock
+	echo '# CPU build of vLLM and all around it, Python 3.11, x86-64 Linux; made by `make lock`.' > requirements-cpu.lock
+	echo '# Installed with --no-deps: see the Makefile.' >> requirements-cpu.lock
+	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude vllm >> requirements-cpu.lock
 
 clean:
 	rm -rf .venv build dist demo *.egg-info kernels/pcdvq_kernels/*.so

@@ -18,7 +18,7 @@ struct Levels {
     return r;
   }
 
-  Levels negate(uint32_t signs) const {
+  Levels negate(uint64_t signs) const {
     Levels r;
     for (int i = 0; i < 8; ++i) r.v[i] = int8_t(v[i] * kSignMasks.factors[signs][i]);
     return r;

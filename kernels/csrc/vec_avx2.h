@@ -21,7 +21,7 @@ struct Levels {
     return {_mm_insert_epi32(_mm_cvtsi32_si128(load_as<int32_t>(a)), load_as<int32_t>(b), 1)};
   }
 
-  Levels negate(uint32_t signs) const {
+  Levels negate(uint64_t signs) const {
     const auto* factors = reinterpret_cast<const __m128i*>(kSignMasks.factors[signs]);
     return {_mm_sign_epi8(v, _mm_loadu_si128(factors))};
   }

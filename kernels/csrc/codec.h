@@ -11,7 +11,7 @@
 namespace pcdvq {
 namespace {
 
-// CODE_BITS 0: any code_bits, from the layout. Otherwise an octet's codes fit one word.
+// CODE_BITS 0: any code_bits, from the layout.
 template <int DIM, int CODE_BITS, bool SIGNS, bool PARITY>
 struct Codec {
   static constexpr int kCodes = 8 / DIM;
@@ -23,94 +23,98 @@ struct Codec {
                                  : kOctetBits % 4 == 0 ? 2
                                  : kOctetBits % 2 == 0 ? 4
                                                        : 8;
-  static constexpr bool kWord32 = kPeriod == 1 ? kOctetBits <= 32 : kOctetBits + 7 <= 32;
-  // Small tables are expanded to fp32, the smallest with a row per code, signs included.
-  static constexpr bool kSignedTable = CODE_BITS && DIM << CODE_BITS <= kTableFloats;
-  static constexpr bool kFloatTable =
-      CODE_BITS && DIM << (CODE_BITS - kSignBits + PARITY) <= kTableFloats;
-  static_assert(kOctetBits + 7 <= 64, "an octet's codes must fit one word");
+  // Whether a table with a row per code, signs included, stays in L1.
+  static constexpr bool kSignedTable =
+      DIM == 4 && SIGNS && CODE_BITS && DIM << CODE_BITS <= kTableBytes;
+  // Largest offset in a byte of an octet's first bit.
+  static constexpr int kMaxOffset = kPeriod ? 8 - 8 / kPeriod : 7;
+  static_assert(kPeriod <= 1 || (kCodes == 1 && kSignBits % 8 == 0), "fields start as octets do");
 
-  const void* table;
-  int code_bits;
+  const int8_t* const table;
 
   explicit Codec(const Weights& w)
       : table(w.table),
-        code_bits(int(w.layout.sign_bits + w.layout.pattern_bits + w.layout.magnitude_bits)) {}
+        code_bits_(int(w.layout.sign_bits + w.layout.pattern_bits + w.layout.magnitude_bits)) {}
 
-  int octet_bits() const { return CODE_BITS ? kOctetBits : kCodes * code_bits; }
+  int code_bits() const { return CODE_BITS ? CODE_BITS : code_bits_; }
+  int octet_bits() const { return kCodes * code_bits(); }
 
   // Bytes that `octet` may read, from the byte of an octet's first bit on.
   int read_bytes() const {
-    if (CODE_BITS == 0) return ((kCodes - 1) * code_bits + 7) / 8 + 4;
-    return kOctetBits == 16 ? 2 : kWord32 ? 4 : 8;
+    return kPeriod == 1 ? kOctetBits / 8 : ((kCodes - 1) * code_bits() + kSignBits + 7) / 8 + 4;
   }
 
   // The octet whose first bit is bit `bit` of `bytes`.
-  PCDVQ_INLINE Vec8 octet(const uint8_t* bytes, int64_t bit) const {
-    uint64_t word = 0;
-    if (CODE_BITS) {
-      const uint8_t* p = bytes + (bit >> 3);
-      word = kOctetBits == 16 ? load_as<uint16_t>(p)
-             : kWord32        ? load_as<uint32_t>(p)
-                              : load_as<uint64_t>(p);
-      if (kPeriod > 1) word >>= bit & 7;
-    }
+  PCDVQ_INLINE Levels octet(const uint8_t* bytes, int64_t bit) const {
     uint64_t rows[kCodes];
-    uint32_t signs = 0;
+    uint64_t signs = 0;
     for (int i = 0; i < kCodes; ++i) {
-      uint32_t code;
-      if (CODE_BITS) {
-        code = uint32_t(word >> (i * CODE_BITS)) & ((1u << CODE_BITS) - 1);
-      } else {
-        const int64_t first = bit + i * code_bits;
-        code = load_as<uint32_t>(bytes + (first >> 3)) >> (first & 7);
-        code &= (1u << code_bits) - 1;
+      const int64_t first = bit + i * code_bits();
+      if (kSignedTable) {
+        rows[i] = field(bytes, first, i * CODE_BITS, CODE_BITS);
+        continue;
       }
-      rows[i] = kSignedTable ? code : codeword_row(code);
-      signs |= (code & kSignMask) << (DIM * i);
+      const uint64_t code_signs = kSignBits ? field(bytes, first, i * CODE_BITS, kSignBits) : 0;
+      const uint64_t row = field(bytes, first + kSignBits, i * CODE_BITS + kSignBits,
+                                 code_bits() - kSignBits);
+      rows[i] = codeword_row(row, code_signs);
+      signs |= code_signs << (DIM * i);
     }
-    const Vec8 levels = kFloatTable ? float_levels(rows) : int8_levels(rows);
+    if (DIM == 4 && CODE_BITS == 16) {  // both codes' signs at once
+      signs = (load_as<uint32_t>(bytes + (bit >> 3)) & 0x000F000Fu) * 0x10010u >> 16;
+    }
+    const Levels levels = load(rows);
     return SIGNS && !kSignedTable ? levels.negate(signs) : levels;
   }
 
-  static void expand(const PcdvqLayout& layout, const int8_t* codewords, float* table) {
-    if (!kSignedTable) {
-      const int64_t count = DIM << (layout.pattern_bits + layout.parity + layout.magnitude_bits);
-      for (int64_t i = 0; i < count; ++i) table[i] = codewords[i];
-      return;
+  // table[code] = levels of every code, for four dimensions. The loops are shaped to be vectorized:
+  // this runs in every call.
+  static void expand(const int8_t* codewords, int8_t* table) {
+    constexpr int kCombinations = 16;  // of the signs, the lowest bits of a code
+    uint32_t odd[kCombinations];
+    int8_t negated[4 * kCombinations];
+    for (int s = 0; s < kCombinations; ++s) {
+      odd[s] = kSignMasks.parity[s] ? ~0u : 0;
+      for (int j = 0; j < 4; ++j) negated[4 * s + j] = kSignMasks.factors[s][j] < 0 ? -1 : 0;
     }
-    for (uint32_t code = 0; code < 1u << CODE_BITS; ++code) {
-      for (int j = 0; j < DIM; ++j) {
-        const float level = codewords[codeword_row(code) * DIM + j];
-        table[code * DIM + j] = (code & kSignMask) >> j & 1 ? -level : level;
+    for (int64_t row = 0; row < (1 << CODE_BITS) / kCombinations; ++row) {
+      const int8_t* p = codewords + 4 * codeword_row(row, 0);
+      const uint32_t even = load_as<uint32_t>(p), change = even ^ load_as<uint32_t>(p + 4 * PARITY);
+      uint32_t words[kCombinations];
+      for (int s = 0; s < kCombinations; ++s) words[s] = even ^ (change & odd[s]);
+      int8_t levels[sizeof(words)];
+      std::memcpy(levels, words, sizeof(words));
+      int8_t* out = table + row * int64_t(sizeof(words));
+      for (size_t i = 0; i < sizeof(words); ++i) {
+        out[i] = int8_t((levels[i] ^ negated[i]) - negated[i]);
       }
     }
   }
 
  private:
-  static constexpr uint32_t kSignMask = (1u << kSignBits) - 1;
+  const int code_bits_;
+
+  // `width` bits of `bytes` from bit `bit` on, bit `position` of their octet.
+  static PCDVQ_INLINE uint64_t field(const uint8_t* bytes, int64_t bit, int position, int width) {
+    const uint8_t* p = bytes + (bit >> 3);
+    const int end = width + (kPeriod == 1 ? position & 7 : kMaxOffset);
+    const uint64_t word = !CODE_BITS || end > 16 ? load_as<uint32_t>(p)
+                          : end > 8              ? load_as<uint16_t>(p)
+                                                 : *p;
+    return word >> (bit & 7) & ((uint64_t(1) << width) - 1);
+  }
 
   // [magnitude][pattern][parity] is the order of the codewords, so no field is taken apart.
-  static PCDVQ_INLINE uint32_t codeword_row(uint32_t code) {
-    const uint32_t row = code >> kSignBits;
-    return PARITY ? 2 * row + kSignMasks.parity[code & kSignMask] : row;
+  static PCDVQ_INLINE uint64_t codeword_row(uint64_t row, uint64_t signs) {
+    return PARITY ? 2 * row + kSignMasks.parity[signs] : row;
   }
 
-  PCDVQ_INLINE Vec8 float_levels(const uint64_t* rows) const {
-    const float* p = static_cast<const float*>(table);
-    if (DIM == 8) return Vec8::load(p + rows[0] * 8);
-    if (DIM == 4) return Vec8::load4(p + rows[0] * 4, p + rows[1 % kCodes] * 4);
-    return Vec8::load2(p + rows[0] * 2, p + rows[1 % kCodes] * 2, p + rows[2 % kCodes] * 2,
-                       p + rows[3 % kCodes] * 2);
-  }
-
-  PCDVQ_INLINE Vec8 int8_levels(const uint64_t* rows) const {
-    const int8_t* p = static_cast<const int8_t*>(table);
-    if (DIM == 8) return Vec8::load8_int8(p + rows[0] * 8);
-    if (DIM == 4) return Vec8::load4_int8(p + rows[0] * 4, p + rows[1 % kCodes] * 4);
+  PCDVQ_INLINE Levels load(const uint64_t* rows) const {
+    if (DIM == 8) return Levels::load8(table + rows[0] * 8);
+    if (DIM == 4) return Levels::load4(table + rows[0] * 4, table + rows[1 % kCodes] * 4);
     uint16_t pairs[4];
-    for (int i = 0; i < 4; ++i) pairs[i] = load_as<uint16_t>(p + rows[i % kCodes] * 2);
-    return Vec8::load8_int8(reinterpret_cast<const int8_t*>(pairs));
+    for (int i = 0; i < 4; ++i) pairs[i] = load_as<uint16_t>(table + rows[i % kCodes] * 2);
+    return Levels::load8(reinterpret_cast<const int8_t*>(pairs));
   }
 };
 
@@ -150,6 +154,7 @@ PCDVQ_INLINE void for_octets(const C& codec, int64_t bit, int64_t count, F step)
   int64_t byte = 0;
   if (C::kPeriod && bit == 0) {
     for (; i + kUnroll <= count; i += kUnroll) {
+#pragma GCC unroll 8
       for (int u = 0; u < kUnroll; u += STEP) step(i + u, byte, u * C::kOctetBits);
       byte += kUnroll * C::kOctetBits / 8;
     }
@@ -169,7 +174,7 @@ void decode(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t 
                          __attribute__((always_inline)) {
       for_octets<C, 1>(codec, base_bit, octets, [&](int64_t i, int64_t byte, int64_t offset)
                                                     __attribute__((always_inline)) {
-        codec.octet(base + byte, offset).store(out + 8 * i);
+        Vec8::convert(codec.octet(base + byte, offset)).store(out + 8 * i);
       });
     };
     float* out = panel + r * kPanelColumns;
@@ -245,7 +250,7 @@ void fused(const Weights& w, int64_t row, int64_t rows, const float* x, int64_t 
 
 template <class C>
 constexpr Decoder make_decoder() {
-  return {decode<C>, fused<C>, C::kFloatTable ? C::expand : nullptr};
+  return {decode<C>, fused<C>, C::kSignedTable ? C::expand : nullptr};
 }
 
 template <int DIM>
@@ -271,8 +276,7 @@ Decoder find_decoder(const PcdvqLayout& layout) {
   match<8, 16, true, true>(layout, &decoder) || match<8, 18, true, true>(layout, &decoder) ||
       match<8, 16, false, false>(layout, &decoder) ||
       match<8, 18, false, false>(layout, &decoder) ||
-      match<4, 12, true, true>(layout, &decoder) || match<4, 16, true, false>(layout, &decoder) ||
-      match<2, 8, true, false>(layout, &decoder);
+      match<4, 12, true, true>(layout, &decoder) || match<4, 16, true, false>(layout, &decoder);
   return decoder;
 }
 

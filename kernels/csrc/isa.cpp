@@ -9,6 +9,7 @@ constexpr SignMasks make_sign_masks() {
   SignMasks table = {};
   for (uint32_t s = 0; s < 256; ++s) {
     for (uint32_t j = 0; j < 8; ++j) table.lanes[s][j] = (s >> j & 1) << 31;
+    for (uint32_t j = 0; j < 8; ++j) table.factors[s][j] = s >> j & 1 ? -1 : 1;
     for (uint32_t j = 0; j < 8; ++j) table.parity[s] ^= s >> j & 1;
   }
   return table;

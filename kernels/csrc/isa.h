@@ -12,7 +12,7 @@ constexpr int64_t kPanelRows = 24;
 
 struct Weights {
   const uint8_t* qweight;  // [n, row_bytes]
-  const void* table;       // what Decoder::expand made, or the int8 codewords
+  const int8_t* table;     // what Decoder::expand made, or the codewords
   int64_t row_bytes;
   PcdvqLayout layout;
 };
@@ -30,14 +30,14 @@ using FusedFn = void (*)(const Weights&, int64_t row, int64_t rows, const float*
 // Activation rows up to which a fused kernel beats decoding to a panel first.
 constexpr int64_t kFusedRows = 2;
 
-// Floats of the largest expanded table: 16 KB stay in L1.
-constexpr int64_t kTableFloats = 4096;
+// Bytes of the largest expanded table.
+constexpr int64_t kTableBytes = 16384;
 
 struct Decoder {
   DecodeFn decode;
   FusedFn fused;
-  // Expands the codewords of a small codebook to fp32: [<= kTableFloats]. Null: int8 is used.
-  void (*expand)(const PcdvqLayout&, const int8_t* codewords, float* table);
+  // Makes the table of a small codebook: [<= kTableBytes]. Null: the codewords are used.
+  void (*expand)(const int8_t* codewords, int8_t* table);
 };
 
 struct Kernels {

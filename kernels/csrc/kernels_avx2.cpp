@@ -17,7 +17,7 @@ using Vec = Vec8;
 
 template <class C>
 inline Vec decode_vec(const C& codec, const uint8_t* bytes, int64_t bit) {
-  return codec.octet(bytes, bit);
+  return Vec::convert(codec.octet(bytes, bit));
 }
 
 struct Index {

@@ -27,9 +27,9 @@ struct Vec {
 // Two octets.
 template <class C>
 inline Vec decode_vec(const C& codec, const uint8_t* bytes, int64_t bit) {
-  const __m256d low = _mm256_castps_pd(codec.octet(bytes, bit).v);
-  const __m256d high = _mm256_castps_pd(codec.octet(bytes, bit + codec.octet_bits()).v);
-  return {_mm512_castpd_ps(_mm512_insertf64x4(_mm512_castpd256_pd512(low), high, 1))};
+  const __m128i low = codec.octet(bytes, bit).v;
+  const __m128i high = codec.octet(bytes, bit + codec.octet_bits()).v;
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_unpacklo_epi64(low, high)))};
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }

@@ -6,6 +6,25 @@
 namespace pcdvq {
 namespace {
 
+struct Levels {
+  int8_t v[8];
+
+  static Levels load8(const int8_t* p) { return load4(p, p + 4); }
+  // Four at each pointer.
+  static Levels load4(const int8_t* a, const int8_t* b) {
+    Levels r;
+    std::memcpy(r.v, a, 4);
+    std::memcpy(r.v + 4, b, 4);
+    return r;
+  }
+
+  Levels negate(uint64_t signs) const {
+    Levels r;
+    for (int i = 0; i < 8; ++i) r.v[i] = int8_t(v[i] * kSignMasks.factors[signs][i]);
+    return r;
+  }
+};
+
 struct Vec8 {
   static constexpr int64_t kLanes = 8;
   float v[8];
@@ -23,21 +42,10 @@ struct Vec8 {
   static Vec8 broadcast(float value) {
     return make([=](int) { return value; });
   }
+  static Vec8 convert(Levels levels) {
+    return make([&](int i) { return float(levels.v[i]); });
+  }
   void store(float* p) const { std::memcpy(p, v, sizeof(v)); }
-
-  // Four floats at each pointer.
-  static Vec8 load4(const float* a, const float* b) {
-    return make([=](int i) { return i < 4 ? a[i] : b[i - 4]; });
-  }
-  // Two floats at each pointer.
-  static Vec8 load2(const float* a, const float* b, const float* c, const float* d) {
-    return {{a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]}};
-  }
-  // Eight int8, or four at each pointer.
-  static Vec8 load8_int8(const int8_t* p) { return load4_int8(p, p + 4); }
-  static Vec8 load4_int8(const int8_t* a, const int8_t* b) {
-    return make([=](int i) { return float(i < 4 ? a[i] : b[i - 4]); });
-  }
 
   // Elements [i, i + 8) of a tensor, as fp32.
   static Vec8 load_converted(const void* base, int32_t dtype, int64_t i) {
@@ -80,7 +88,7 @@ using Vec = Vec8;
 
 template <class C>
 inline Vec decode_vec(const C& codec, const uint8_t* bytes, int64_t bit) {
-  return codec.octet(bytes, bit);
+  return Vec::convert(codec.octet(bytes, bit));
 }
 
 struct Index {

@@ -51,8 +51,9 @@ struct Linear {
       : p(problem),
         kernels(k),
         decoder(k.decoder(problem.layout)),
-        // 256 modulo 1024 floats, or four rows of a tile would share the same L1 sets.
-        x_stride(round_up(problem.k, 1024) + 256),
+        // 256 modulo 1024 floats where tiles read, or four rows would share the same L1 sets.
+        x_stride(problem.m <= kFusedRows ? round_up(problem.k, 16)
+                                         : round_up(problem.k, 1024) + 256),
         acc_floats(std::min(problem.m, kBlockRows) * kPanelRows * k.lanes),
         thread_floats(acc_floats + kPanelRows * kPanelColumns) {}
 
@@ -74,6 +75,13 @@ struct Linear {
     kernels.rotate(x, p.x_dtype, p.signs_in + first / 8, columns, p.layout.hadamard_block,
                    row + first);
     if (first + columns == p.k) std::fill(row + p.k, row + round_up(p.k, kernels.lanes), 0.0f);
+  }
+
+  // Every thread makes its own table, in its own L1: less work than fetching another thread's.
+  Weights make_weights(int8_t* table) const {
+    if (!decoder.expand) return {p.qweight, p.codewords, p.row_bytes, p.layout};
+    decoder.expand(p.codewords, table);
+    return {p.qweight, table, p.row_bytes, p.layout};
   }
 
   void write(float sum, int64_t m, int64_t n) const {
@@ -118,12 +126,14 @@ struct Linear {
 
   // A few activation rows: every thread rotates all of them for itself, which takes less time than
   // a barrier after a shared rotation.
-  PcdvqStatus run_fused(const Weights& weights, int threads) const {
+  PcdvqStatus run_fused(int threads) const {
     const int64_t units = rotate_units();
     const Buffer rotated = allocate(threads * p.m * x_stride);
     if (!rotated) return PCDVQ_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
+      alignas(64) int8_t table[kTableBytes];
+      const Weights weights = make_weights(table);
       float* mine = rotated.get() + thread_index() * p.m * x_stride;
       for (int64_t i = 0; i < p.m * units; ++i) {
         rotate(i / units, i % units, mine + i / units * x_stride);
@@ -134,7 +144,7 @@ struct Linear {
     return PCDVQ_OK;
   }
 
-  PcdvqStatus run_panels(const Weights& weights, int threads) const {
+  PcdvqStatus run_panels(int threads) const {
     const int64_t units = rotate_units();
     const Buffer rotated = allocate(std::min(p.m, kBlockRows) * x_stride);
     const Buffer scratch = allocate(threads * thread_floats);
@@ -143,6 +153,8 @@ struct Linear {
     std::fill(scratch.get(), scratch.get() + threads * thread_floats, 0.0f);
 #pragma omp parallel num_threads(threads)
     {
+      alignas(64) int8_t table[kTableBytes];
+      const Weights weights = make_weights(table);
       float* mine = scratch.get() + thread_index() * thread_floats;
       for (int64_t m0 = 0; m0 < p.m; m0 += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, p.m - m0);
@@ -163,12 +175,8 @@ struct Linear {
   }
 
   PcdvqStatus run() const {
-    alignas(64) float table[kTableFloats];
-    if (decoder.expand) decoder.expand(p.layout, p.codewords, table);
-    const void* codewords = decoder.expand ? static_cast<const void*>(table) : p.codewords;
-    const Weights weights = {p.qweight, codewords, p.row_bytes, p.layout};
     const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, panels())));
-    return p.m <= kFusedRows ? run_fused(weights, threads) : run_panels(weights, threads);
+    return p.m <= kFusedRows ? run_fused(threads) : run_panels(threads);
   }
 };
 

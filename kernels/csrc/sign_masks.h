@@ -1,4 +1,4 @@
-// kSignMasks.lanes[s][j] is the fp32 sign bit where bit j of s is set: XOR negates those lanes.
+// What a byte of sign bits stands for; bit j of s set: element j is negated.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,9 @@
 namespace pcdvq {
 
 struct SignMasks {
-  alignas(64) uint32_t lanes[256][8];
-  uint32_t parity[256];  // number of set bits of s, modulo 2
+  alignas(64) int8_t factors[257][8];  // 1 or -1; a row more, because 16 bytes are read
+  alignas(64) uint32_t lanes[256][8];  // the fp32 sign bit where an element is negated
+  uint8_t parity[256];                 // number of set bits of s, modulo 2
 };
 extern const SignMasks kSignMasks;
 

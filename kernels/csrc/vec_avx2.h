@@ -9,32 +9,34 @@
 namespace pcdvq {
 namespace {
 
+// Eight int8 in the low half of a register.
+struct Levels {
+  __m128i v;
+
+  static Levels load8(const int8_t* p) {
+    return {_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))};
+  }
+  // Four at each pointer.
+  static Levels load4(const int8_t* a, const int8_t* b) {
+    return {_mm_insert_epi32(_mm_cvtsi32_si128(load_as<int32_t>(a)), load_as<int32_t>(b), 1)};
+  }
+
+  Levels negate(uint64_t signs) const {
+    const auto* factors = reinterpret_cast<const __m128i*>(kSignMasks.factors[signs]);
+    return {_mm_sign_epi8(v, _mm_loadu_si128(factors))};
+  }
+};
+
 struct Vec8 {
   static constexpr int64_t kLanes = 8;
   __m256 v;
 
   static Vec8 load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec8 broadcast(float value) { return {_mm256_set1_ps(value)}; }
+  static Vec8 convert(Levels levels) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(levels.v))};
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
-
-  // Four floats at each pointer.
-  static Vec8 load4(const float* a, const float* b) {
-    return {_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1)};
-  }
-  // Two floats at each pointer.
-  static Vec8 load2(const float* a, const float* b, const float* c, const float* d) {
-    return {_mm256_insertf128_ps(_mm256_castps128_ps256(pairs(a, b)), pairs(c, d), 1)};
-  }
-  // Eight int8, or four at each pointer.
-  static Vec8 load8_int8(const int8_t* p) {
-    const __m128i values = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values))};
-  }
-  static Vec8 load4_int8(const int8_t* a, const int8_t* b) {
-    const __m128i low = _mm_cvtepi8_epi32(_mm_cvtsi32_si128(load_as<int32_t>(a)));
-    const __m128i high = _mm_cvtepi8_epi32(_mm_cvtsi32_si128(load_as<int32_t>(b)));
-    return {_mm256_cvtepi32_ps(_mm256_set_m128i(high, low))};
-  }
 
   // Elements [i, i + 8) of a tensor, as fp32.
   static Vec8 load_converted(const void* base, int32_t dtype, int64_t i) {
@@ -73,10 +75,6 @@ struct Vec8 {
   }
 
  private:
-  static __m128 pairs(const float* a, const float* b) {
-    const __m128d low = _mm_load_sd(reinterpret_cast<const double*>(a));
-    return _mm_castpd_ps(_mm_loadh_pd(low, reinterpret_cast<const double*>(b)));
-  }
   static __m256 flip(__m256 value, int signs) { return Vec8{value}.negate(uint32_t(signs)).v; }
 };
 

@@ -88,16 +88,16 @@ def check_linear(
         raise PCDVQError(f"x is {_describe(x)}; expected bf16, fp16 or fp32 [..., K]")
     in_features = x.shape[-1]
     shape = _linear_shape(tuple(layout), in_features)
-    out_features = qweight.shape[0] if qweight.dim() else 0
+    rows = qweight.shape[:1]  # (N,)
     device = x.device
-    _expect("qweight", qweight, torch.uint8, (out_features, shape.row_bytes), device)
-    _expect("row_scale", row_scale, torch.float32, (out_features,), device)
+    _expect("qweight", qweight, torch.uint8, (*rows, shape.row_bytes), device)
+    _expect("row_scale", row_scale, torch.float32, rows, device)
     _expect("signs_in", signs_in, torch.uint8, (in_features // 8,), device)
     _expect("codewords", codewords, torch.int8, shape.codewords_shape, device)
     if bias is not None:
         if not bias.is_floating_point():
             raise PCDVQError(f"bias is {_describe(bias)}; expected a float dtype")
-        _expect("bias", bias, bias.dtype, (out_features,), device)
+        _expect("bias", bias, bias.dtype, rows, device)
     return shape
 
 

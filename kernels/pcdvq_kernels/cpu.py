@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch  # loads the OpenMP runtime that the library must share
 from torch import Tensor
@@ -20,32 +22,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY = 1
 
 
-class _Layout(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            "hadamard_block",
-            "vector_dim",
-            "sign_bits",
-            "parity",
-            "pattern_bits",
-            "magnitude_bits",
-        )
-    )
-
-
-class _Linear(ctypes.Structure):
-    """PcdvqLinear of kernels/csrc/pcdvq.h."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("x", "qweight", "row_scale", "signs_in", "codewords", "bias", "out")
-        ),
-        *((name, ctypes.c_int64) for name in ("m", "n", "k", "row_bytes")),
-        ("layout", _Layout),
-        *((name, ctypes.c_int32) for name in ("x_dtype", "bias_dtype", "threads", "isa")),
-    )
+# PcdvqLinear of kernels/csrc/pcdvq.h. Packing takes a third of what a ctypes.Structure takes.
+_LINEAR = struct.Struct("7P10q4i")
 
 
 class _Nearest(ctypes.Structure):
@@ -65,7 +43,7 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return str(error)
-    library.pcdvq_linear.argtypes = (ctypes.POINTER(_Linear),)
+    library.pcdvq_linear.argtypes = (ctypes.c_char_p,)
     library.pcdvq_nearest.argtypes = (ctypes.POINTER(_Nearest),)
     return library
 
@@ -104,15 +82,14 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _check_device(x: Tensor) -> None:
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         raise PCDVQError(f"x is on {x.device}; the CPU kernels need CPU tensors")
 
 
-def _check_status(status: int, what: str) -> None:
+def _raise_status(status: int, what: str) -> NoReturn:
     if status == _NO_MEMORY:
         raise MemoryError(f"no memory for the scratch of {what}")
-    if status:
-        raise RuntimeError(f"{what} failed with status {status}")
+    raise RuntimeError(f"{what} failed with status {status}")
 
 
 def linear(
@@ -141,38 +118,36 @@ def linear(
     library = _loaded()
     fields, row_bytes, _ = check_linear(x, qweight, row_scale, signs_in, codewords, bias, layout)
     _check_device(x)
-    k, n = x.shape[-1], qweight.shape[0]
+    leading, k, n = x.shape[:-1], x.shape[-1], qweight.shape[0]
     x = x.contiguous()
     if out is None:
-        out = x.new_empty((*x.shape[:-1], n))
-    elif out.dtype != x.dtype or out.shape != (*x.shape[:-1], n) or not out.is_contiguous():
+        out = x.new_empty((*leading, n))
+    elif out.dtype != x.dtype or out.shape != (*leading, n) or not out.is_contiguous():
         raise PCDVQError(
-            f"out is {out.dtype} {list(out.shape)}; expected contiguous {x.dtype} "
-            f"{[*x.shape[:-1], n]}"
+            f"out is {out.dtype} {list(out.shape)}; expected contiguous {x.dtype} {[*leading, n]}"
         )
     if bias is not None and bias.dtype not in ACTIVATION_DTYPES:
         bias = bias.float()
+    m = x.numel() // k
     status = library.pcdvq_linear(
-        _Linear(
+        _LINEAR.pack(
             x.data_ptr(),
             qweight.data_ptr(),
             row_scale.data_ptr(),
             signs_in.data_ptr(),
             codewords.data_ptr(),
-            None if bias is None else bias.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
-            x.numel() // k,
-            n,
-            k,
-            row_bytes,
-            fields,
+            *(m, n, k, row_bytes),
+            *fields,
             _DTYPES[x.dtype],
             0 if bias is None else _DTYPES[bias.dtype],
             torch.get_num_threads(),
             0 if isa == "auto" else _isa_number(isa),
         )
     )
-    _check_status(status, f"pcdvq::linear [{x.numel() // k}, {k}] x [{n}, {k}]")
+    if status:
+        _raise_status(status, f"pcdvq::linear [{m}, {k}] x [{n}, {k}]")
     return out
 
 
@@ -209,5 +184,6 @@ def nearest(x: Tensor, codewords: Tensor, bias: Tensor, *, isa: str = "auto") ->
             _isa_number(isa),
         )
     )
-    _check_status(status, "nearest codeword")
+    if status:
+        _raise_status(status, "nearest codeword")
     return out

@@ -33,7 +33,7 @@ SPECS = {
     "signed-8x18": _spec(8, True, True, 9, 1),
     "signed-4x12": _spec(4, True, True, 7, 1),
     "signed-4x16": _spec(4, True, False, 10, 2),
-    "signed-2x8": _spec(2, True, False, 5, 1),
+    "generic-2x8": _spec(2, True, False, 5, 1),
     "e8-16": _spec(8, False, False, 14, 2),
     "e8-18": _spec(8, False, False, 16, 2),
     "generic-8x1": _spec(8, False, False, 1, 0),

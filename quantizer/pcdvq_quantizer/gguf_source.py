@@ -38,6 +38,7 @@ class GGUFSource:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self._hf_config)
         self._hf_config.architectures = [type(model).__name__]
+        self._special_tokens = special_token_options(reader)
         architecture = reader.get_field("general.architecture").contents()
         processor_class = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self._processor = processor_class(config=self._hf_config.to_dict())
@@ -65,6 +66,18 @@ class GGUFSource:
         return 2 * torch.Size(self.shapes[name]).numel()
 
     def copy_files(self, output: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(self._path.parent, gguf_file=self._path.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            self._path.parent, gguf_file=self._path.name, **self._special_tokens
+        )
         tokenizer.save_pretrained(output)
         GenerationConfig.from_model_config(self._hf_config).save_pretrained(output)
+
+
+def special_token_options(reader: GGUFReader) -> dict[str, bool]:
+    """Special tokens that the file says every prompt gets; transformers does not read them."""
+    options = {}
+    for option in ("add_bos_token", "add_eos_token"):
+        field = reader.get_field(f"tokenizer.ggml.{option}")
+        if field is not None and field.contents():
+            options[option] = True
+    return options

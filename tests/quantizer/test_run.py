@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader, GGUFWriter
 from models import save_model, smollm2_gguf, tiny_config
 from pcdvq_kernels import reference
 from pcdvq_kernels.checkpoint import open_checkpoint
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import run, writer
-from pcdvq_quantizer.gguf_source import GGUFSource
+from pcdvq_quantizer.gguf_source import GGUFSource, special_token_options
 from pcdvq_quantizer.inspection import inspect_checkpoint
 from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
 from safetensors.torch import load_file, save_file
@@ -227,3 +228,15 @@ def test_gguf_weights_are_those_transformers_loads() -> None:
     assert source.shapes.keys() == state.keys() - {"lm_head.weight"}
     for name in list(source.shapes)[:12]:
         assert torch.equal(source.load(name), state[name]), name
+
+
+@pytest.mark.parametrize(("bos", "options"), [(True, {"add_bos_token": True}), (False, {})])
+def test_gguf_says_whether_prompts_begin_with_bos(
+    bos: bool, options: dict[str, bool], tmp_path: Path
+) -> None:
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_add_bos_token(bos)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert special_token_options(GGUFReader(tmp_path / "tiny.gguf")) == options

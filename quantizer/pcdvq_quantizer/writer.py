@@ -151,12 +151,10 @@ class CheckpointWriter:
         self, shard: Shard, tensors: dict[str, Tensor], errors: dict[str, float]
     ) -> None:
         """Write a whole shard; its layers are then no longer kept one by one."""
-        metadata = {
-            "format": "pt",
-            "relative_errors": json.dumps(errors),
-            "tensor_bytes": str(sum(tensor.nbytes for tensor in tensors.values())),
-        }
-        _save(tensors, self._partial / shard.file, metadata)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(self._summary_path(shard), {"bytes": size, "relative_error": errors})
+        # One metadata entry only: safetensors writes several in random order.
+        _save(tensors, self._partial / shard.file, {"format": "pt"})
         for name in shard.layers:
             self._layer_path(name).unlink(missing_ok=True)
 
@@ -167,10 +165,10 @@ class CheckpointWriter:
         total = 0
         for shard in shards:
             with safe_open(self._partial / shard.file, framework="pt") as file:
-                metadata = file.metadata()
                 weight_map |= dict.fromkeys(file.keys(), shard.file)
-            errors |= json.loads(metadata["relative_errors"])
-            total += int(metadata["tensor_bytes"])
+            summary = json.loads(self._summary_path(shard).read_text(encoding="utf-8"))
+            errors |= summary["relative_error"]
+            total += summary["bytes"]
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(self._partial / INDEX_FILE, index)
         tables = {}
@@ -198,6 +196,9 @@ class CheckpointWriter:
         (self._partial / "lock").unlink(missing_ok=True)
         os.replace(self._partial, self._output)
         return open_checkpoint(self._output)
+
+    def _summary_path(self, shard: Shard) -> Path:
+        return self._partial / LAYER_DIR / f"{shard.file}.json"
 
     def _layer_path(self, name: str) -> Path:
         return self._partial / LAYER_DIR / f"{name}.safetensors"

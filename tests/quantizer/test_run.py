@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
@@ -179,6 +180,20 @@ def test_unsuitable_layers_are_left_and_reported(tmp_path: Path) -> None:
     checkpoint = quantize_model(plan, tmp_path / "out")
     assert "model.layers.0.mlp.down_proj" in checkpoint.config.modules_to_not_convert
     assert "model.layers.0.mlp.down_proj.weight" in checkpoint.tensors
+
+
+def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository that is in the hub's cache needs no network."""
+    repository = tmp_path / "hub" / "models--org--tiny"
+    save_model(repository / "snapshots" / ("0" * 40), tiny_config())
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    checkpoint = quantize_model(make_plan("org/tiny", OPTIONS), tmp_path / "out")
+    assert len(checkpoint.layers) == 14
+    assert "base_model: org/tiny" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(PCDVQError, match="org/other is neither a local directory"):
+        make_plan("org/other", OPTIONS)
 
 
 def test_nan_weights_are_named(tmp_path: Path) -> None:

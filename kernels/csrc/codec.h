@@ -11,6 +11,8 @@
 namespace pcdvq {
 namespace {
 
+constexpr int64_t kPrefetchBytes = 4096;
+
 // CODE_BITS 0: any code_bits, from the layout.
 template <int DIM, int CODE_BITS, bool SIGNS, bool PARITY>
 struct Codec {
@@ -204,6 +206,13 @@ PCDVQ_INLINE void fused_run(const C& codec, const uint8_t* const* bytes, int64_t
   });
 }
 
+// The hardware follows each weight row, but has to start over at the next ones: short rows end
+// before it is under way. Addresses past the end of the weights are harmless.
+PCDVQ_INLINE void prefetch_rows(const uint8_t* bytes, int64_t count) {
+  const int64_t limit = count < kPrefetchBytes ? count : kPrefetchBytes;
+  for (int64_t i = 0; i < limit; i += 64) __builtin_prefetch(bytes + i);
+}
+
 template <class C, int ROWS, int X_ROWS>
 void fused_rows(const Weights& w, int64_t row, const float* x, int64_t x_stride, int64_t octets,
                 float* out, int64_t out_stride) {
@@ -216,6 +225,7 @@ void fused_rows(const Weights& w, int64_t row, const float* x, int64_t x_stride,
     bytes[r] = w.qweight + (row + r) * w.row_bytes;
     for (int m = 0; m < X_ROWS; ++m) sum[r][m] = Vec::broadcast(0.0f);
   }
+  prefetch_rows(bytes[0] + ROWS * w.row_bytes, ROWS * w.row_bytes);
   fused_run(codec, bytes, 0, split.safe, x, x_stride, sum);
   if (split.safe < octets) {
     for (int r = 0; r < ROWS; ++r) {

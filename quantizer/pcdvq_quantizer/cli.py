@@ -55,8 +55,8 @@ def quantize(
     options = QuantizeOptions(bits=bits, codec=codec.value, max_tp=max_tp, seed=seed)
     with console.status(f"Opening {model}"):
         plan = make_plan(model, options)
-    for name, reason in plan.selection.skipped.items():
-        console.print(f"left unquantized: {name} ({reason})", highlight=False)
+    for line in plan.selection.skipped_lines():
+        console.print(f"left unquantized: {line}", highlight=False)
     with Progress(console=console) as bar:
         task = bar.add_task(f"Quantizing {len(plan.selection.layers)} layers", total=plan.weights)
         advance = partial(bar.advance, task)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -29,6 +31,17 @@ class Selection:
 
     layers: list[str]
     skipped: dict[str, str]
+
+    def skipped_lines(self) -> list[str]:
+        """One line for each kind of skipped parameter; numbered ones are counted together."""
+        kinds = Counter(
+            (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), reason)
+            for name, reason in self.skipped.items()
+        )
+        return [
+            f"{name} ({reason})" if count == 1 else f"{name} ({count} of them: {reason})"
+            for (name, reason), count in kinds.items()
+        ]
 
 
 def select_layers(source: Source, skip: tuple[str, ...] = DEFAULT_SKIP) -> Selection:

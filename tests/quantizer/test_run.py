@@ -182,6 +182,19 @@ def test_unsuitable_layers_are_left_and_reported(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.down_proj.weight" in checkpoint.tensors
 
 
+def test_experts_are_left_and_reported(tmp_path: Path) -> None:
+    config = tiny_config(
+        "qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16
+    )
+    plan = make_plan(str(save_model(tmp_path / "moe", config)), OPTIONS)
+    assert {name.rpartition(".")[2] for name in plan.selection.layers} == {
+        f"{part}_proj" for part in "qkvo"
+    }
+    lines = plan.selection.skipped_lines()
+    assert "model.layers.*.mlp.experts.*.up_proj (16 of them: not a linear layer)" in lines
+    assert len(lines) < 10
+
+
 def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A repository that is in the hub's cache needs no network."""
     repository = tmp_path / "hub" / "models--org--tiny"

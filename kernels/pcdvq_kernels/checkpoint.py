@@ -20,7 +20,12 @@ REPORT_FILE = "pcdvq_report.json"
 
 QWEIGHT, ROW_SCALE, SIGNS_IN = "qweight", "row_scale", "signs_in"
 PACKED_TENSORS = (QWEIGHT, ROW_SCALE, SIGNS_IN)
-DTYPE_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2}
+# Of a tensor's elements; every other dtype takes one byte.
+DTYPE_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
+}
 REMEDY = "The checkpoint is damaged or incomplete: copy it again or quantize again."
 
 

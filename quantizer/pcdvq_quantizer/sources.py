@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from pcdvq_kernels.checkpoint import INDEX_FILE, read_json
+from pcdvq_kernels.checkpoint import INDEX_FILE, TensorInfo, read_json
 from pcdvq_kernels.errors import PCDVQError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -122,8 +122,8 @@ def _list_tensors(directory: Path) -> Iterator[tuple[str, str, tuple[int, ...], 
                 for name in weights.keys():  # noqa: SIM118
                     view = weights.get_slice(name)
                     shape = tuple(view.get_shape())
-                    itemsize = 4 if view.get_dtype() == "F32" else 2
-                    yield name, file, shape, itemsize * _product(shape)
+                    info = TensorInfo(directory / file, view.get_dtype(), shape)
+                    yield name, file, shape, info.bytes
         except FileNotFoundError:
             raise PCDVQError(f"{directory / file} is missing; download the model again") from None
         except SafetensorError as error:
@@ -143,10 +143,3 @@ def _weight_files(directory: Path) -> list[str]:
             "with transformers' save_pretrained (it writes safetensors) and try again"
         )
     raise PCDVQError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

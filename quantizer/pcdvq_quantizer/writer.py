@@ -188,13 +188,14 @@ class CheckpointWriter:
 
     def publish(self) -> Checkpoint:
         """Check the collected checkpoint as a reader would and move it to `output`."""
-        shutil.rmtree(self._partial / LAYER_DIR)
-        (self._partial / RUN_FILE).unlink()
         open_checkpoint(self._partial)
         if self._output.exists():
             shutil.rmtree(self._output)
-        (self._partial / "lock").unlink(missing_ok=True)
         os.replace(self._partial, self._output)
+        # Only now: a run that is killed before the move still finds all it needs to resume.
+        shutil.rmtree(self._output / LAYER_DIR)
+        (self._output / RUN_FILE).unlink()
+        (self._output / "lock").unlink(missing_ok=True)
         return open_checkpoint(self._output)
 
     def _summary_path(self, shard: Shard) -> Path:

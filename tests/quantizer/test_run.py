@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -122,6 +123,27 @@ def test_killed_run_resumes_without_redoing_layers(model: Path, tmp_path: Path) 
     quantize_model(plan, tmp_path / "whole")
     for file in out.glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+
+
+def test_run_killed_at_the_end_resumes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = os.replace
+
+    def killed_at_the_last_move(source: Path, target: Path) -> None:
+        if target == tmp_path / "out":
+            raise KeyboardInterrupt
+        move(source, target)
+
+    plan = make_plan(str(model), OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.os, "replace", killed_at_the_last_move)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_model(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(run, "_quantize_layer", None)  # no layer may be done again
+    quantize_model(plan, tmp_path / "out")
+    assert not {"layers", "run.json", "lock"} & {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_other_options_do_not_resume(model: Path, tmp_path: Path) -> None:

@@ -100,5 +100,5 @@ def _recorded_errors(directory: Path) -> dict[str, float]:
     """Relative errors from the report, {} if the checkpoint came without one."""
     if not (directory / REPORT_FILE).exists():
         return {}
-    recorded = read_json(directory / REPORT_FILE).get("relative_error", {})
-    return recorded if isinstance(recorded, dict) else {}
+    recorded = read_json(directory / REPORT_FILE).get("errors", {})
+    return {name: error["weight"] for name, error in recorded.items()}

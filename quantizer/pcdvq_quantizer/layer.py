@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from pcdvq_kernels.checkpoint import PACKED_TENSORS
+from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.hadamard import block_hadamard
 from pcdvq_kernels.packing import pack_codes, pack_signs
 from torch import Tensor
 
 from pcdvq_quantizer.codebooks import NamedCodebook
-from pcdvq_quantizer.encode import Encoder
 
 CHUNK_WEIGHTS = 1 << 23
 
-Rounding = Callable[[Tensor, Encoder], Tensor]
-"""Chooses codes: (rotated weights in units of the row scale, fp32 [N, K]; encoder) to int64
-codes [N, K / g]. Rows are independent. Calibrated methods (LDLQ) implement this signature with
-their Hessian bound to it."""
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far a quantized layer is from the original one.
+
+    Attributes:
+        weight: |W' - W|^2 / |W|^2.
+        direction: share of it that is due to directions: of a group w stored as q, the error
+            |w - q|^2 is 2 |w| |q| (1 - cos) in direction and (|w| - |q|)^2 in magnitude.
+        output: E |y' - y|^2 / E |y|^2 on the calibration text, None without calibration. Counts
+            what the choice of codes can change: rounding, not the inputs' own errors.
+    """
+
+    weight: float
+    direction: float
+    output: float | None = None
 
 
 @dataclass(frozen=True)
@@ -30,13 +41,13 @@ class QuantizedLinear:
         qweight: uint8 [N, row_bytes].
         row_scale: bf16 [N].
         signs_in: uint8 [K / 8].
-        relative_error: |W' - W|^2 / |W|^2.
+        error: against the original weight.
     """
 
     qweight: Tensor
     row_scale: Tensor
     signs_in: Tensor
-    relative_error: float
+    error: LayerError
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """The packed tensors by their names in a checkpoint."""
@@ -44,51 +55,79 @@ class QuantizedLinear:
         return {prefix + name: tensor for name, tensor in zip(PACKED_TENSORS, packed, strict=True)}
 
 
-def round_to_nearest(rotated: Tensor, encoder: Encoder) -> Tensor:
-    """The uncalibrated `Rounding`: each group to its nearest code."""
-    vector_dim = encoder.codebook.spec.vector_dim
-    return encoder.encode(rotated.view(-1, vector_dim)).view(len(rotated), -1)
+class ErrorSum:
+    """Adds up the error of row chunks of a layer."""
+
+    def __init__(self, vector_dim: int) -> None:
+        self._vector_dim = vector_dim
+        self._direction = self._magnitude = self._energy = 0.0
+
+    def add(self, rotated: Tensor, decoded: Tensor) -> None:
+        """Count rows: original and decoded weights in the rotated basis, fp32 [n, K]."""
+        w = rotated.view(-1, self._vector_dim)
+        q = decoded.view(-1, self._vector_dim)
+        lengths = w.norm(dim=1), q.norm(dim=1)
+        self._direction += 2 * (lengths[0] * lengths[1] - (w * q).sum(1)).sum().item()
+        self._magnitude += (lengths[0] - lengths[1]).square().sum().item()
+        self._energy += w.square().sum().item()
+
+    def total(self, output: float | None = None) -> LayerError:
+        error = max(self._direction + self._magnitude, 1e-30)
+        return LayerError(error / max(self._energy, 1e-30), self._direction / error, output)
+
+
+def check_finite(weight: Tensor, layer: str, model: str) -> None:
+    """Raises PCDVQError if the weight of `layer` of `model` is not finite."""
+    if not weight.isfinite().all():
+        raise PCDVQError(f"{layer}.weight of {model} holds NaN or infinity")
 
 
 def quantize_linear(
-    weight: Tensor,
-    codebook: NamedCodebook,
-    signs: Tensor,
-    block: int,
-    rounding: Rounding = round_to_nearest,
+    weight: Tensor, codebook: NamedCodebook, signs: Tensor, block: int
 ) -> QuantizedLinear:
-    """Quantize `weight`.
+    """Quantize `weight` without calibration: each group to its nearest code.
 
     Args:
         weight: floating [N, K], finite.
         codebook: tables and unit.
         signs: fp32 [K] of +1 / -1, diagonal of S.
         block: Hadamard block, divides K.
-        rounding: how codes are chosen.
     """
     encoder = codebook.encoder
-    code_bits = encoder.codebook.spec.code_bits
+    spec = encoder.codebook.spec
     # Rows are independent, so working memory is bounded by a chunk of them.
     rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
     qweight, row_scale = [], []
-    error = energy = 0.0
+    errors = ErrorSum(spec.vector_dim)
     for chunk in weight.split(rows):
         rotated = block_hadamard(chunk.float() * signs, block)
-        # Any positive scale decodes a row of zeros; its refitted scale is 0.
-        scale = (rotated.square().mean(1).sqrt() / codebook.unit).clamp_min(1e-30)
-        codes = rounding(rotated / scale.unsqueeze(1), encoder)
+        scale = initial_row_scale(rotated, codebook)
+        x = rotated / scale.unsqueeze(1)
+        codes = encoder.encode(x.view(-1, spec.vector_dim)).view(len(x), -1)
         levels = encoder.codebook.decode(codes).flatten(1).float()
         refitted = refit_row_scale(rotated, levels)
-        error += (levels * refitted.float().unsqueeze(1) - rotated).square().sum().item()
-        energy += rotated.square().sum().item()
-        qweight.append(pack_codes(codes, code_bits))
+        errors.add(rotated, levels * refitted.float().unsqueeze(1))
+        qweight.append(pack_codes(codes, spec.code_bits))
         row_scale.append(refitted)
     return QuantizedLinear(
-        torch.cat(qweight), torch.cat(row_scale), pack_signs(signs), error / max(energy, 1e-30)
+        torch.cat(qweight), torch.cat(row_scale), pack_signs(signs), errors.total()
     )
 
 
-def refit_row_scale(rotated: Tensor, levels: Tensor) -> Tensor:
-    """Least-squares row scales, bf16 [N], of `levels` for `rotated` (both fp32 [N, K])."""
-    power = levels.square().sum(1).clamp_min(1e-30)
-    return ((rotated * levels).sum(1) / power).to(torch.bfloat16)
+def initial_row_scale(rotated: Tensor, codebook: NamedCodebook) -> Tensor:
+    """Row scales fp32 [N] that bring `rotated` [N, K] to the codebook's unit.
+
+    Any positive scale decodes a row of zeros; its refitted scale is 0.
+    """
+    return (rotated.square().mean(1).sqrt() / codebook.unit).clamp_min(1e-30)
+
+
+def refit_row_scale(rotated: Tensor, levels: Tensor, hessian: Tensor | None = None) -> Tensor:
+    """Least-squares row scales, bf16 [N], of `levels` for `rotated` (both fp32 [N, K]).
+
+    Args:
+        hessian: fp32 [K, K] of the output error to minimise; None for the weight error.
+    """
+    weighted = levels if hessian is None else levels @ hessian
+    power = (levels * weighted).sum(1).clamp_min(1e-30)
+    return ((rotated * weighted).sum(1) / power).to(torch.bfloat16)

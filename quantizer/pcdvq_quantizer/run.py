@@ -2,104 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint
-from pcdvq_kernels.config import FORMAT_VERSION, PCDVQCheckpointConfig
-from pcdvq_kernels.errors import PCDVQError
-from pcdvq_kernels.hadamard import choose_block
 from torch import Tensor
 
+from pcdvq_quantizer.calibration.run import calibrate
 from pcdvq_quantizer.card import write_model_card
-from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook
-from pcdvq_quantizer.layer import QuantizedLinear, quantize_linear
-from pcdvq_quantizer.selection import Selection, select_layers
-from pcdvq_quantizer.sources import Source, open_source
+from pcdvq_quantizer.layer import LayerError, QuantizedLinear, check_finite, quantize_linear
+from pcdvq_quantizer.plan import NONE, Plan, input_signs
+from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import CheckpointWriter, Shard, plan_shards
-
-Progress = Callable[[int], None]
-"""Called after each layer with its number of weights."""
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """What makes one checkpoint differ from another of the same model.
-
-    Attributes:
-        bits: nominal bits per weight, one of `codebooks.OFFERED[codec]`.
-        codec: `signed` or `e8`.
-        max_tp: largest tensor-parallel size to keep possible where K allows.
-        seed: of the input signs.
-    """
-
-    bits: float = 2.0
-    codec: str = "signed"
-    max_tp: int = 8
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All decisions of a run, made before any weight is read."""
-
-    source: Source
-    options: QuantizeOptions
-    codebook: NamedCodebook
-    selection: Selection
-    config: PCDVQCheckpointConfig
-
-    def shape(self, layer: str) -> tuple[int, int]:
-        rows, columns = self.source.shapes[f"{layer}.weight"]
-        return rows, columns
-
-    @property
-    def weights(self) -> int:
-        """Number of weights to quantize."""
-        return sum(rows * columns for rows, columns in map(self.shape, self.selection.layers))
-
-    def packed_bytes(self, layer: str) -> int:
-        rows, columns = self.shape(layer)
-        return rows * (self.codebook.codebook.spec.row_bytes(columns) + 2) + columns // 8
-
-    def fingerprint(self) -> dict[str, object]:
-        """Equal for runs that make the same checkpoint."""
-        model = json.dumps([self.source.config, self.source.shapes], sort_keys=True, default=str)
-        digest = hashlib.sha256(model.encode()).hexdigest()
-        return {"model": self.source.name, "model_sha256": digest, **asdict(self.options)}
-
-
-def make_plan(model: str, options: QuantizeOptions) -> Plan:
-    """Open `model` and decide what becomes of each tensor.
-
-    Raises:
-        PCDVQError: the model, the rate or the codec cannot be served.
-    """
-    if options.max_tp < 1:
-        raise PCDVQError(f"--max-tp is {options.max_tp}; give 1 or more")
-    codebook = get_codebook(options.codec, options.bits)
-    source = open_source(model)
-    if method := source.config.get("quantization_config", {}).get("quant_method"):
-        raise PCDVQError(
-            f"{model} is already quantized ({method}); quantize the original model instead"
-        )
-    selection = select_layers(source)
-    in_features = {source.shapes[f"{name}.weight"][1] for name in selection.layers}
-    config = PCDVQCheckpointConfig(
-        quant_method="pcdvq",
-        format_version=FORMAT_VERSION,
-        codebooks={codebook.id: codebook.codebook.spec},
-        layers=dict.fromkeys(selection.layers, codebook.id),
-        hadamard_blocks={str(k): choose_block(k, options.max_tp) for k in sorted(in_features)},
-        max_tp=options.max_tp,
-        modules_to_not_convert=list(selection.skipped),
-    )
-    return Plan(source, options, codebook, selection, config)
 
 
 def quantize_model(
@@ -111,19 +26,24 @@ def quantize_model(
     with the same model and options continues there.
 
     Raises:
-        PCDVQError: `output` exists, the disk is full, weights are not finite, or the partial
-            directory belongs to another run.
+        PCDVQError: `output` exists, the disk is full, weights are not finite, the calibration text
+            cannot be used, or the partial directory belongs to another run.
     """
     started = time.monotonic()
-    source = plan.source
-    layer_bytes = {name: plan.packed_bytes(name) for name in plan.selection.layers}
-    shards = plan_shards(((name, source.bytes(name)) for name in source.shapes), layer_bytes)
+    progress = progress or Progress()
     writer = CheckpointWriter(output, plan.fingerprint(), overwrite)
-    with writer.open(needed_bytes=sum(shard.bytes for shard in shards)):
+    with writer.open(needed_bytes=plan.output_bytes):
+        if plan.options.calibration == NONE:
+            progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
+        else:
+            plan = calibrate(plan, writer, progress)
+        source = plan.source
+        packed = {name: plan.packed_bytes(name) for name in plan.selection.layers}
+        shards = plan_shards(((name, source.bytes(name)) for name in source.shapes), packed)
         for shard in shards:
             if not writer.is_written(shard):
                 _make_shard(plan, shard, writer, progress)
-        errors = writer.finish(shards, [plan.codebook])
+        errors = writer.finish(shards, plan.distinct_codebooks)
         quantization_config = plan.config.model_dump()
         writer.write_json(
             "config.json", source.config | {"quantization_config": quantization_config}
@@ -132,7 +52,7 @@ def quantize_model(
             "model": source.name,
             "options": asdict(plan.options),
             "seconds": round(time.monotonic() - started, 1),
-            "relative_error": errors,
+            "errors": errors,
             "skipped": plan.selection.skipped,
         }
         writer.write_json(REPORT_FILE, report)
@@ -141,38 +61,27 @@ def quantize_model(
         return writer.publish()
 
 
-def _make_shard(
-    plan: Plan, shard: Shard, writer: CheckpointWriter, progress: Progress | None
-) -> None:
+def _make_shard(plan: Plan, shard: Shard, writer: CheckpointWriter, progress: Progress) -> None:
     tensors: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
+    errors: dict[str, LayerError] = {}
     for name in shard.layers:
         layer = writer.read_layer(name)
         if layer is None:
             layer = _quantize_layer(plan, name)
             writer.write_layer(name, layer)
-        tensors |= layer.tensors(prefix=f"{name}.")
-        errors[name] = layer.relative_error
-        if progress:
+        if plan.options.calibration == NONE:
             rows, columns = plan.shape(name)
-            progress(rows * columns)
+            progress.advance(rows * columns)
+        tensors |= layer.tensors(prefix=f"{name}.")
+        errors[name] = layer.error
     tensors |= {name: plan.source.load(name).contiguous() for name in shard.copied}
     writer.write_shard(shard, tensors, errors)
 
 
 def _quantize_layer(plan: Plan, name: str) -> QuantizedLinear:
+    """Quantize without calibration."""
     weight = plan.source.load(f"{name}.weight")
-    if not weight.isfinite().all():
-        raise PCDVQError(f"{name}.weight of {plan.source.name} holds NaN or infinity")
+    check_finite(weight, name, plan.source.name)
     in_features = weight.shape[1]
     signs = input_signs(in_features, plan.options.seed)
-    return quantize_linear(weight, plan.codebook, signs, plan.config.block(in_features))
-
-
-def input_signs(in_features: int, seed: int) -> Tensor:
-    """Diagonal of S for layers of `in_features` columns: fp32 [K] of +1 / -1.
-
-    One vector per K, so that all layers that could read the same activation share it.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + in_features)
-    return 1.0 - 2.0 * torch.randint(0, 2, (in_features,), generator=generator).float()
+    return quantize_linear(weight, plan.codebooks[name], signs, plan.config.block(in_features))

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pcdvq_quantizer.codebooks import NamedCodebook
-from pcdvq_quantizer.layer import QuantizedLinear
+from pcdvq_quantizer.layer import LayerError, QuantizedLinear
 
 SHARD_BYTES = 1 << 30
 RUN_FILE = "run.json"
@@ -139,35 +139,36 @@ class CheckpointWriter:
         if not path.exists():
             return None
         with safe_open(path, framework="pt") as file:
-            error = float(file.metadata()["relative_error"])
+            error = LayerError(**json.loads(file.metadata()["error"]))
             packed = {key: file.get_tensor(key) for key in PACKED_TENSORS}
-        return QuantizedLinear(**packed, relative_error=error)
+        return QuantizedLinear(**packed, error=error)
 
     def write_layer(self, name: str, layer: QuantizedLinear) -> None:
-        metadata = {"relative_error": repr(layer.relative_error)}
+        metadata = {"error": json.dumps(asdict(layer.error))}
         _save(layer.tensors(), self._layer_path(name), metadata)
 
     def write_shard(
-        self, shard: Shard, tensors: dict[str, Tensor], errors: dict[str, float]
+        self, shard: Shard, tensors: dict[str, Tensor], errors: dict[str, LayerError]
     ) -> None:
         """Write a whole shard; its layers are then no longer kept one by one."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(self._summary_path(shard), {"bytes": size, "relative_error": errors})
+        recorded = {name: asdict(error) for name, error in errors.items()}
+        _write_json(self._summary_path(shard), {"bytes": size, "errors": recorded})
         # One metadata entry only: safetensors writes several in random order.
         _save(tensors, self._partial / shard.file, {"format": "pt"})
         for name in shard.layers:
             self._layer_path(name).unlink(missing_ok=True)
 
-    def finish(self, shards: list[Shard], codebooks: list[NamedCodebook]) -> dict[str, float]:
-        """Write index and codebooks; returns the relative error of every layer."""
+    def finish(self, shards: list[Shard], codebooks: list[NamedCodebook]) -> dict[str, Any]:
+        """Write index and codebooks; returns the `LayerError` fields of every layer."""
         weight_map: dict[str, str] = {}
-        errors: dict[str, float] = {}
+        errors: dict[str, Any] = {}
         total = 0
         for shard in shards:
             with safe_open(self._partial / shard.file, framework="pt") as file:
                 weight_map |= dict.fromkeys(file.keys(), shard.file)
             summary = json.loads(self._summary_path(shard).read_text(encoding="utf-8"))
-            errors |= summary["relative_error"]
+            errors |= summary["errors"]
             total += summary["bytes"]
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(self._partial / INDEX_FILE, index)
@@ -180,6 +181,11 @@ class CheckpointWriter:
 
     def write_json(self, file: str, value: Any) -> None:
         _write_json(self._partial / file, value)
+
+    @property
+    def work_directory(self) -> Path:
+        """Where a run keeps what it needs to resume; gone once the checkpoint is published."""
+        return self._partial / LAYER_DIR
 
     @property
     def directory(self) -> Path:

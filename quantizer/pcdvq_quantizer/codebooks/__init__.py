@@ -10,6 +10,7 @@ from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 
+import torch
 from pcdvq_kernels.codebook import Codebook
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
@@ -20,6 +21,7 @@ from pcdvq_quantizer.codebooks.e8 import make_e8_tables
 from pcdvq_quantizer.encode import Encoder
 
 E8_DIRECTION_BITS = {2.0: 14, 2.25: 16}
+SAMPLES = 1 << 16  # groups that distortions are measured on
 OFFERED = {"signed": (2.0, 2.25, 3.0, 4.0), "e8": tuple(E8_DIRECTION_BITS)}
 
 
@@ -41,6 +43,30 @@ class NamedCodebook:
     def encoder(self) -> Encoder:
         return Encoder(self.codebook)
 
+    @property
+    def bytes(self) -> int:
+        """Stored size of the tables."""
+        return self.codebook.directions.nbytes + self.codebook.magnitudes.nbytes
+
+    @cached_property
+    def distortion(self) -> float:
+        """Mean squared error of N(0, 1) weights."""
+        dim = self.codebook.spec.vector_dim
+        x = torch.randn(SAMPLES, dim, generator=torch.Generator().manual_seed(0)) * self.unit
+        levels = self.codebook.decode(self.encoder.encode(x)).float()
+        return (levels - x).square().mean().item() / self.unit**2
+
+
+def offered_rates(codec: str) -> tuple[float, ...]:
+    """Bits per weight that `codec` offers, rising.
+
+    Raises:
+        PCDVQError: the codec is not offered.
+    """
+    if codec not in OFFERED:
+        raise PCDVQError(f"codec {codec!r} is not offered; choose one of {', '.join(OFFERED)}")
+    return OFFERED[codec]
+
 
 @cache
 def get_codebook(codec: str, bits: float) -> NamedCodebook:
@@ -49,10 +75,8 @@ def get_codebook(codec: str, bits: float) -> NamedCodebook:
     Raises:
         PCDVQError: the codec or the rate is not offered.
     """
-    if codec not in OFFERED:
-        raise PCDVQError(f"codec {codec!r} is not offered; choose one of {', '.join(OFFERED)}")
-    if bits not in OFFERED[codec]:
-        rates = ", ".join(f"{rate:g}" for rate in OFFERED[codec])
+    if bits not in offered_rates(codec):
+        rates = ", ".join(f"{rate:g}" for rate in offered_rates(codec))
         raise PCDVQError(f"codec {codec} does not offer {bits:g} bits per weight; choose {rates}")
     id = f"{codec}-{bits:g}"
     if codec == "signed":

@@ -1,0 +1,123 @@
+"""A rate for each layer under a budget of bits."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pcdvq_kernels.errors import PCDVQError
+from torch import Tensor
+
+from pcdvq_quantizer.calibration.decoder import LayeredModel
+from pcdvq_quantizer.calibration.sensitivity import measure_sensitivity
+from pcdvq_quantizer.codebooks import get_codebook, offered_rates
+from pcdvq_quantizer.plan import Plan
+from pcdvq_quantizer.progress import Progress
+
+RATES_FILE = "rates.json"
+TOKENS = 4096  # that sensitivities are measured on
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that must share a rate, such as q, k and v.
+
+    Attributes:
+        layers: their names.
+        bits: stored bits at each rate offered, rising.
+        losses: expected loss at each rate, falling.
+    """
+
+    layers: tuple[str, ...]
+    bits: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+def allocate(units: list[Unit], budget: int) -> list[int]:
+    """Index of the rate of each unit, with the least total loss a greedy choice finds.
+
+    All start at the lowest rate; the step up that saves most loss per bit comes first, as long as
+    the budget (in bits, for all units) lasts. Optimal up to the last step where losses are convex
+    in bits, as they are for the codecs offered.
+
+    Raises:
+        PCDVQError: the lowest rate is already over the budget.
+    """
+    choice = [0] * len(units)
+    left = budget - sum(unit.bits[0] for unit in units)
+    if left < 0:
+        least = sum(unit.bits[0] for unit in units)
+        raise PCDVQError(
+            f"the lowest rate takes {least} bits, over the budget of {budget}; raise --bits"
+        )
+    heap = [(-_gain(unit, 0), index) for index, unit in enumerate(units)]
+    heapq.heapify(heap)
+    while heap:
+        _, index = heapq.heappop(heap)
+        unit, rate = units[index], choice[index]
+        if rate + 1 == len(unit.bits):
+            continue
+        cost = unit.bits[rate + 1] - unit.bits[rate]
+        if cost > left:
+            continue
+        left -= cost
+        choice[index] = rate + 1
+        heapq.heappush(heap, (-_gain(unit, rate + 1), index))
+    return choice
+
+
+def _gain(unit: Unit, rate: int) -> float:
+    """Loss saved per bit by the step up from `rate`."""
+    if rate + 1 == len(unit.bits):
+        return 0.0
+    return (unit.losses[rate] - unit.losses[rate + 1]) / (unit.bits[rate + 1] - unit.bits[rate])
+
+
+def choose_rates(
+    plan: Plan, model: LayeredModel, tokens: Tensor, directory: Path, progress: Progress
+) -> Plan:
+    """`plan` with a rate for each layer, within `options.bits` for all that is stored of them.
+
+    Args:
+        tokens: int64 [S, T], the calibration text.
+        directory: where the choice is kept, or found if an earlier run made it.
+    """
+    codec = plan.options.codec
+    path = directory / RATES_FILE
+    if not path.exists():
+        progress.start("Measuring the sensitivity of layers", len(model.layers))
+        windows = tokens[: max(1, TOKENS // tokens.shape[1])]
+        names, seed = plan.selection.layers, plan.options.seed
+        measured = measure_sensitivity(model, windows, names, seed, progress)
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(_rates(plan, measured)), encoding="utf-8")
+        scratch.replace(path)
+    rates = json.loads(path.read_text(encoding="utf-8"))
+    return replace(
+        plan, codebooks={name: get_codebook(codec, rate) for name, rate in rates.items()}
+    )
+
+
+def _rates(plan: Plan, sensitivity: dict[tuple[str, ...], float]) -> dict[str, float]:
+    """Rate of each layer of `plan`, in its order."""
+    rates = offered_rates(plan.options.codec)
+    books = [get_codebook(plan.options.codec, rate) for rate in rates]
+    measured = {name for group in sensitivity for name in group}
+    # A layer that the text never reached stays at the lowest rate.
+    losses = sensitivity | {(n,): 0.0 for n in plan.selection.layers if n not in measured}
+    units = [
+        Unit(
+            group,
+            tuple(8 * sum(plan.packed_bytes(name, book) for name in group) for book in books),
+            tuple(loss * book.distortion for book in books),
+        )
+        for group, loss in losses.items()
+    ]
+    tables = 8 * sum(book.bytes for book in books)
+    choice = allocate(units, int(plan.options.bits * plan.weights) - tables)
+    by_name = {
+        name: rates[rate] for unit, rate in zip(units, choice, strict=True) for name in unit.layers
+    }
+    return {name: by_name[name] for name in plan.selection.layers}

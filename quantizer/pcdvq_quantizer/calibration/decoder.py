@@ -1,0 +1,152 @@
+"""A causal LM of which one decoder layer at a time is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pcdvq_kernels.errors import PCDVQError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from accelerate import init_empty_weights
+
+from pcdvq_quantizer.sources import Source
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls a decoder layer, besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class LayeredModel:
+    """The model of a source: decoder layers are loaded one by one, in fp32.
+
+    Attributes:
+        prefix: name of the list of decoder layers, such as `model.layers`.
+        layers: names of the decoder layers, in order.
+    """
+
+    def __init__(self, source: Source, linears: Iterable[str], device: torch.device) -> None:
+        self._source = source
+        self.device = device
+        fields = {key: value for key, value in source.config.items() if key != "model_type"}
+        config = AutoConfig.for_model(source.config["model_type"], **fields)
+        # Parameters are on the meta device; buffers such as rotary frequencies are real.
+        with init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32
+            )
+        self.model.eval()
+        self.prefix, self._stack = _decoder_layers(self.model, set(linears), source.name)
+        self._base = self.model.get_submodule(self.prefix.rpartition(".")[0])
+        self.layers = [f"{self.prefix}.{index}" for index in range(len(self._stack))]
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """The input of the first decoder layer, and how each layer is called.
+
+        Args:
+            tokens: int64 [S, T].
+
+        Returns:
+            (hidden fp32 [S, T, H], a `Call` for each layer; calls fit any row of `tokens`).
+        """
+        recorders = [_Recorder() for _ in self._stack]
+        hidden = []
+        with self._instead_of_layers(recorders):
+            for row in tokens:
+                self._base(input_ids=row[None].to(self.device), use_cache=False)
+                hidden.append(recorders[0].hidden)
+        return torch.cat(hidden), [recorder.call for recorder in recorders]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] of hidden states [T, H] that come out of the last decoder layer."""
+        self._materialize_except_layers()
+        with self._instead_of_layers([_Recorder() for _ in self._stack]):
+            return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+    def load(self, index: int) -> nn.Module:
+        """Decoder layer `index` with its weights, fp32."""
+        layer = self._stack[index]
+        for name, module in layer.named_modules():
+            self._materialize(module, f"{self.layers[index]}.{name}".rstrip("."))
+        return layer.to(self.device)
+
+    def unload(self, index: int) -> None:
+        """Free the weights of decoder layer `index`."""
+        for module in self._stack[index].modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                empty = torch.empty_like(parameter, device="meta")
+                setattr(module, key, nn.Parameter(empty, requires_grad=False))
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The whole model in memory, for a while."""
+        self._materialize_except_layers()
+        for index in range(len(self.layers)):
+            self.load(index)
+        yield self.model.to(self.device)
+        for index in range(len(self.layers)):
+            self.unload(index)
+
+    @contextmanager
+    def _instead_of_layers(self, modules: list[_Recorder]) -> Iterator[None]:
+        self._materialize_except_layers()
+        layers = list(self._stack)
+        try:
+            for index, module in enumerate(modules):
+                self._stack[index] = module
+            yield
+        finally:
+            for index, layer in enumerate(layers):
+                self._stack[index] = layer
+
+    def _materialize_except_layers(self) -> None:
+        for name, module in self.model.named_modules():
+            if not name.startswith(f"{self.prefix}."):
+                self._materialize(module, name)
+        self.model.tie_weights()
+
+    def _materialize(self, module: nn.Module, name: str) -> None:
+        for key, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{key}" if name else key
+            # A tied output head is not stored; `tie_weights` makes it the embedding.
+            if parameter.device.type == "meta" and full in self._source.shapes:
+                value = self._source.load(full).to(self.device, torch.float32)
+                setattr(module, key, nn.Parameter(value, requires_grad=False))
+
+
+class _Recorder(nn.Module):
+    """Stands for a decoder layer: keeps what it is given and passes the hidden states on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = torch.empty(0)
+        self.call = Call((), {})
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self.call = hidden_states, Call(args, kwargs)
+        return hidden_states
+
+
+def _decoder_layers(
+    model: PreTrainedModel, linears: set[str], source: str
+) -> tuple[str, nn.ModuleList]:
+    """The module list that holds most of `linears`."""
+    best, most = None, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            held = sum(linear.startswith(name + ".") for linear in linears)
+            if held > most:
+                best, most = (name, module), held
+    if best is None:
+        raise PCDVQError(
+            f"{source} has no list of decoder layers to calibrate one by one; use "
+            "--calibration none"
+        )
+    return best

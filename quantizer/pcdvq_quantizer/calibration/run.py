@@ -1,0 +1,171 @@
+"""The calibrated quantization of all decoder layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pcdvq_kernels.errors import PCDVQError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pcdvq_quantizer.calibration.allocation import choose_rates
+from pcdvq_quantizer.calibration.decoder import Call, LayeredModel
+from pcdvq_quantizer.calibration.replay import Replay, Stage, run_original
+from pcdvq_quantizer.calibration.stage import quantize_stage
+from pcdvq_quantizer.calibration.statistics import InputStatistics
+from pcdvq_quantizer.calibration.text import calibration_tokens
+from pcdvq_quantizer.plan import Plan, input_signs
+from pcdvq_quantizer.progress import Progress
+from pcdvq_quantizer.writer import CheckpointWriter
+
+STATE_FILE = "calibration.safetensors"
+
+
+@dataclass
+class CalibrationState:
+    """Where a calibration stands: all it needs to go on after an interruption.
+
+    Attributes:
+        next_layer: index of the first decoder layer that is not quantized.
+        tokens: int64 [S, T], the calibration text.
+        original: fp32 [S, T, H], hidden states before `next_layer` in the original model.
+        quantized: the same in the model quantized so far.
+    """
+
+    next_layer: int
+    tokens: Tensor
+    original: Tensor
+    quantized: Tensor
+
+    def save(self, directory: Path) -> None:
+        scratch = directory / f"{STATE_FILE}.tmp"
+        tensors = {
+            "tokens": self.tokens,
+            "original": self.original.cpu(),
+            "quantized": self.quantized.cpu(),
+        }
+        save_file(tensors, scratch, {"next_layer": str(self.next_layer)})
+        scratch.replace(directory / STATE_FILE)
+
+    @classmethod
+    def load(cls, directory: Path, device: torch.device) -> CalibrationState | None:
+        """The state an interrupted run left in `directory`, or None."""
+        try:
+            with safe_open(directory / STATE_FILE, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                next_layer = int(file.metadata()["next_layer"])
+        except (FileNotFoundError, SafetensorError):
+            return None
+        return cls(
+            next_layer,
+            tensors["tokens"],
+            tensors["original"].to(device),
+            tensors["quantized"].to(device),
+        )
+
+
+def calibrate(plan: Plan, writer: CheckpointWriter, progress: Progress) -> Plan:
+    """Quantize all decoder layers of `plan`; finished ones go to the writer.
+
+    A run that was interrupted continues after the last decoder layer it finished.
+
+    Returns:
+        The plan, with the rates that were chosen where `options.is_mixed`.
+
+    Raises:
+        PCDVQError: the calibration text cannot be used, or activations are not finite.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = LayeredModel(plan.source, plan.selection.layers, device)
+    directory = writer.work_directory
+    with torch.no_grad():
+        state = CalibrationState.load(directory, device)
+        if state is None:
+            tokens = calibration_tokens(plan, model, progress)
+            hidden, _ = model.embed(tokens)
+            state = CalibrationState(0, tokens, hidden, hidden)
+            state.save(directory)
+        if plan.options.is_mixed:
+            plan = choose_rates(plan, model, state.tokens, directory, progress)
+        progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
+        _Calibration(plan, writer, model, progress).run(state)
+    return plan
+
+
+class _Calibration:
+    """Quantizes decoder layers in order, each on the output of those before it.
+
+    Two streams of hidden states run through the model: the original's, and the quantized model's.
+    """
+
+    def __init__(
+        self, plan: Plan, writer: CheckpointWriter, model: LayeredModel, progress: Progress
+    ) -> None:
+        self._plan = plan
+        self._writer = writer
+        self._model = model
+        self._progress = progress
+
+    def run(self, state: CalibrationState) -> None:
+        _, calls = self._model.embed(state.tokens[:1])
+        for index, name in enumerate(self._model.layers):
+            if index < state.next_layer:
+                self._progress.advance(sum(map(self._weights, self._linears(name))))
+                continue
+            self._quantize_layer(index, calls[index], state)
+            state.next_layer += 1
+            state.save(self._writer.work_directory)
+
+    def _quantize_layer(self, index: int, call: Call, state: CalibrationState) -> None:
+        """Quantize decoder layer `index` and move both streams of `state` past it."""
+        name = self._model.layers[index]
+        layer = self._model.load(index)
+        inner = [linear.removeprefix(f"{name}.") for linear in self._linears(name)]
+        original, stages, inputs = run_original(layer, call, state.original, inner)
+        _check_finite(original, f"output of {name} in the original model")
+        replay = Replay(layer, call, state.quantized, stages)
+        for number, stage in enumerate(stages):
+            names = [f"{name}.{linear}" for linear in stage.linears]
+            pairs = zip(inputs[number], replay.inputs(number), strict=True)
+            statistics = InputStatistics.gather(pairs)
+            inputs[number] = []
+            _check_finite(statistics.hessian, f"input of {names[0]}")
+            self._quantize_stage(layer, name, stage, statistics)
+            self._progress.advance(sum(map(self._weights, names)))
+        state.original, state.quantized = original, replay.output()
+        self._model.unload(index)
+
+    def _quantize_stage(
+        self, layer: torch.nn.Module, prefix: str, stage: Stage, statistics: InputStatistics
+    ) -> None:
+        modules = [layer.get_submodule(linear) for linear in stage.linears]
+        names = [f"{prefix}.{linear}" for linear in stage.linears]
+        in_features = modules[0].weight.shape[1]
+        packed, dense = quantize_stage(
+            [module.weight.data for module in modules],
+            statistics,
+            self._plan.codebooks[names[0]],
+            input_signs(in_features, self._plan.options.seed),
+            self._plan.config.block(in_features),
+        )
+        for name, module, quantized, weight in zip(names, modules, packed, dense, strict=True):
+            self._writer.write_layer(name, quantized)
+            module.weight.data = weight
+
+    def _linears(self, layer: str) -> list[str]:
+        return [name for name in self._plan.selection.layers if name.startswith(f"{layer}.")]
+
+    def _weights(self, linear: str) -> int:
+        rows, columns = self._plan.shape(linear)
+        return rows * columns
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    if not values.isfinite().all():
+        raise PCDVQError(
+            f"{what} holds NaN or infinity on the calibration text; check that the model works, or "
+            "quantize with --calibration none"
+        )

@@ -1,0 +1,143 @@
+"""How much the model's predictions suffer from rounding each linear layer.
+
+A rounding error dW of layer l changes its outputs by dy = dW x and the loss, to second order, by
+half of sum_t (g_t . dy_t)^2, g_t the gradient of token t's log-probability (the Fisher information
+as curvature). For an error without direction, of variance e s_n^2 in row n (s_n the row's root mean
+square, e the codec's error on N(0, 1)), that is e / 2 * sum_t |x_t|^2 sum_n g_tn^2 s_n^2. Error
+feedback leaves the share det(H)^(1/K) / (tr(H) / K) of it. This is RSAVQ's guidance of bits by
+Fisher curvature (Riemannian Sensitivity-Aware VQ, 2025) with layers in place of channels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcdvq_quantizer.calibration.decoder import Call, LayeredModel
+from pcdvq_quantizer.calibration.replay import forward_layer
+from pcdvq_quantizer.calibration.statistics import InputStatistics
+from pcdvq_quantizer.progress import Progress
+
+DAMPING = 0.01  # of the mean diagonal of H, before its determinant is taken
+
+
+def measure_sensitivity(
+    model: LayeredModel, tokens: Tensor, linears: list[str], seed: int, progress: Progress
+) -> dict[tuple[str, ...], float]:
+    """Expected rise of the loss per unit of relative error of each layer.
+
+    Args:
+        tokens: int64 [S, T]; a few thousand tokens will do.
+        linears: names of the layers.
+        seed: of the labels, which are drawn from the model's predictions.
+
+    Returns:
+        Layers that read the same activation, such as q, k and v, to their loss (nats, summed over
+        tokens) per relative error |W' - W|^2 / |W|^2.
+    """
+    with torch.no_grad():
+        hidden, calls = model.embed(tokens)
+        inputs = []
+        for index in range(len(model.layers)):
+            inputs.append(hidden)
+            hidden = _run(model, index, calls[index], hidden)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    gradient = torch.stack([_head_gradient(model, row, generator) for row in hidden])
+    sensitivity: dict[tuple[str, ...], float] = {}
+    for index in reversed(range(len(model.layers))):
+        prefix = model.layers[index]
+        names = [name for name in linears if name.startswith(f"{prefix}.")]
+        watch = _Watch(model.load(index), prefix, names)
+        for number, row in enumerate(inputs.pop()):
+            with torch.enable_grad():
+                leaf = row.clone().requires_grad_()
+                output = forward_layer(watch.layer, calls[index], leaf)[0]
+            (gradient[number],) = torch.autograd.grad(output, leaf, gradient[number])
+        sensitivity |= watch.finish()
+        model.unload(index)
+        progress.advance(1)
+    return sensitivity
+
+
+def _run(model: LayeredModel, index: int, call: Call, hidden: Tensor) -> Tensor:
+    layer = model.load(index)
+    output = torch.cat([forward_layer(layer, call, row) for row in hidden])
+    model.unload(index)
+    return output
+
+
+def _head_gradient(model: LayeredModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient [T, H] of the log-probability of sampled labels to the last hidden states."""
+    with torch.enable_grad():
+        leaf = hidden.clone().requires_grad_()
+        logits = model.logits(leaf)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+class _Watch:
+    """Sees inputs and output gradients of the linears of one decoder layer."""
+
+    def __init__(self, layer: nn.Module, prefix: str, names: list[str]) -> None:
+        self.layer = layer
+        self._inputs: dict[tuple[str, ...], list[Tensor]] = {}
+        self._last: tuple[Tensor, tuple[str, ...]] | None = None
+        self._losses: dict[str, float] = defaultdict(float)
+        self._handles = [
+            layer.get_submodule(name.removeprefix(f"{prefix}.")).register_forward_hook(
+                self._hook(name)
+            )
+            for name in names
+        ]
+
+    def _hook(self, name: str) -> Any:
+        def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach().flatten(0, -2)
+            self._keep(name, args[0])
+            variance = module.weight.square().mean(1)  # [N]
+
+            def backward(gradient: Tensor) -> None:
+                rows = (gradient.flatten(0, -2).square() * variance).sum(1)  # [T]
+                self._losses[name] += (x.square().sum(1) * rows).sum().item() / 2
+
+            if output.requires_grad:
+                output.register_hook(backward)
+
+        return forward
+
+    def _keep(self, name: str, x: Tensor) -> None:
+        """Note that `name` read `x`, as those before it may have done."""
+        if self._last is not None and self._last[0] is x:
+            before = self._last[1]
+            kept = self._inputs[before]
+            inputs = [kept.pop()]
+            if not kept:
+                del self._inputs[before]
+            group = (*before, name)
+        else:
+            group, inputs = (name,), [x.detach().flatten(0, -2)]
+        self._inputs.setdefault(group, []).extend(inputs)
+        self._last = x, group
+
+    def finish(self) -> dict[tuple[str, ...], float]:
+        for handle in self._handles:
+            handle.remove()
+        self._last = None
+        losses = {}
+        for group, inputs in self._inputs.items():
+            hessian = InputStatistics.gather((x, x) for x in inputs).hessian
+            losses[group] = sum(self._losses[name] for name in group) * _left_by_feedback(hessian)
+        return losses
+
+
+def _left_by_feedback(hessian: Tensor) -> float:
+    """det(H)^(1/K) / (tr(H) / K): 1 for white inputs, less the more they are correlated."""
+    mean = hessian.diagonal().mean()
+    if not mean > 0:
+        return 1.0
+    damped = hessian / mean + DAMPING * torch.eye(len(hessian), dtype=hessian.dtype)
+    return torch.exp(torch.logdet(damped) / len(damped)).item()

@@ -1,0 +1,13 @@
+"""Reporting how far a run is."""
+
+from __future__ import annotations
+
+
+class Progress:
+    """Told by a run what it does; this one keeps it to itself, the command line draws bars."""
+
+    def start(self, what: str, total: int) -> None:
+        """A phase of `total` steps begins."""
+
+    def advance(self, steps: int) -> None:
+        """`steps` of the phase are done."""

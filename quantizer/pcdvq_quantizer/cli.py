@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from pcdvq_kernels.errors import PCDVQError
 from rich.console import Console
-from rich.progress import Progress
+
+from pcdvq_quantizer.bars import Bars
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,28 +39,50 @@ def _options(
 def quantize(
     model: Annotated[str, typer.Argument(help="Local directory, .gguf file, or hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
-    bits: Annotated[float, typer.Option(help="Bits per weight: 2, 2.25, 3 or 4.")] = 4.0,
+    bits: Annotated[
+        float,
+        typer.Option(
+            help="Bits per weight: 2, 2.25, 3, 4, or an average between: each layer then gets a "
+            "rate by its sensitivity."
+        ),
+    ] = 4.0,
     codec: Annotated[
         Codec, typer.Option(help="signed: fast default; e8: the paper's codebook (2 and 2.25).")
     ] = Codec.signed,
     max_tp: Annotated[
         int, typer.Option(help="Largest tensor-parallel size to allow where sizes permit.")
     ] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the input signs.")] = 0,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Calibration text: a text or JSONL file, a `datasets` name, `self` (the model "
+            "writes it) or `none` (fast, much worse)."
+        ),
+    ] = "self",
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 24,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of signs and calibration text.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Quantize MODEL into the PCDVQ checkpoint OUT."""
-    from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
+    from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+    from pcdvq_quantizer.run import quantize_model
 
-    options = QuantizeOptions(bits=bits, codec=codec.value, max_tp=max_tp, seed=seed)
+    options = QuantizeOptions(
+        bits=bits,
+        codec=codec.value,
+        max_tp=max_tp,
+        seed=seed,
+        calibration=calibration,
+        samples=samples,
+        sequence_length=sequence_length,
+    )
     with console.status(f"Opening {model}"):
         plan = make_plan(model, options)
     for line in plan.selection.skipped_lines():
         console.print(f"left unquantized: {line}", highlight=False)
-    with Progress(console=console) as bar:
-        task = bar.add_task(f"Quantizing {len(plan.selection.layers)} layers", total=plan.weights)
-        advance = partial(bar.advance, task)
-        checkpoint = quantize_model(plan, out, overwrite, advance)
+    with Bars(console) as bars:
+        checkpoint = quantize_model(plan, out, overwrite, bars)
     console.print(
         f"{out}: {len(checkpoint.layers)} layers at {checkpoint.bits_per_weight:.3f} bits per "
         f"weight. Serve it with: vllm serve {out} --quantization pcdvq",

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from accelerate import init_empty_weights
 
 from pcdvq_quantizer.sources import Source
 

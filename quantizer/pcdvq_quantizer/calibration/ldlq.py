@@ -61,48 +61,12 @@ def ldlq(
         error = x.new_empty(len(x), end - start)
         for left in range(start, end, step):
             right = left + step
-            code, level = encoder.round(x[:, left:right], row_weight)
-            codes.append(code)
+            code = encoder.encode(x[:, left:right].contiguous())
+            level = encoder.codebook.decode(code).float()
+            wrong = x[:, left:right] - level
+            x[:, right:end] -= wrong @ feedback[left:right, right:end]
+            error[:, left - start : right - start] = wrong
             levels[:, left:right] = level
-            error[:, left - start : right - start] = x[:, left:right] - level
-            x[:, right:end] -= (
-                error[:, left - start : right - start] @ feedback[left:right, right:end]
-            )
+            codes.append(code)
         x[:, end:] -= error @ feedback[start:end, end:]
     return torch.stack(codes, 1), levels
-
-
-def descend(
-    x: Tensor, codes: Tensor, levels: Tensor, hessian: Tensor, encoder: Encoder, row_weight: Tensor
-) -> None:
-    """One pass of coordinate descent: choose each group anew, given all others. In place.
-
-    Args:
-        x: fp32 [N, K] in units of the row scales, the target.
-        codes, levels: as of `ldlq`.
-        hessian: fp32 [K, K].
-    """
-    step = encoder.codebook.spec.vector_dim
-    inverse = _diagonal_blocks(hessian, step).double().inverse().float()
-    gradient = (x - levels) @ hessian
-    for start in range(0, x.shape[1], SPAN):
-        end = min(start + SPAN, x.shape[1])
-        before = levels[:, start:end].clone()
-        for left in range(start, end, step):
-            right = left + step
-            best = levels[:, left:right] + gradient[:, left:right] @ inverse[left // step]
-            code, level = encoder.round(best, row_weight)
-            change = level - levels[:, left:right]
-            gradient[:, start:end] -= change @ hessian[left:right, start:end]
-            codes[:, left // step] = code
-            levels[:, left:right] = level
-        change = levels[:, start:end] - before
-        gradient[:, end:] -= change @ hessian[start:end, end:]
-        gradient[:, :start] -= change @ hessian[start:end, :start]
-
-
-def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
-    """[K / size, size, size] of `matrix` [K, K]."""
-    blocks = matrix.view(len(matrix) // size, size, -1, size)
-    index = torch.arange(len(blocks))
-    return blocks[index, :, index]

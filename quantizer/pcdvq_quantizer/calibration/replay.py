@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor, nn
 
 from pcdvq_quantizer.calibration.decoder import Call
@@ -16,20 +18,31 @@ class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
     """Linears of a decoder layer that read the same activation, such as q, k and v.
 
     Attributes:
         linears: their names within the layer, in the order they run.
+        inputs: what they read in the original model, S of fp32 [T, K].
+        residual: where the stage is one linear whose output is added to the residual stream: the
+            stream before, in the original model, S of fp32 [T, H]. Otherwise None.
     """
 
     linears: tuple[str, ...]
+    inputs: list[Tensor]
+    residual: list[Tensor] | None = None
+
+
+def forward_layer(layer: nn.Module, call: Call, sequence: Tensor) -> Tensor:
+    """Output [1, T, H] of `layer` for one sequence [T, H]."""
+    output = layer(sequence[None], *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def run_original(
     layer: nn.Module, call: Call, hidden: Tensor, linears: list[str]
-) -> tuple[Tensor, list[Stage], list[list[Tensor]]]:
+) -> tuple[Tensor, list[Stage]]:
     """Run the unquantized layer.
 
     Args:
@@ -39,47 +52,88 @@ def run_original(
         linears: names within the layer of the linears to quantize.
 
     Returns:
-        (output fp32 [S, T, H]; the stages in order; for each stage the inputs, S of fp32 [T, K]).
+        (output fp32 [S, T, H]; the stages in the order they run).
+
+    Raises:
+        PCDVQError: which linears run, or in what order, depends on the text.
     """
-    names = {id(layer.get_submodule(name)): name for name in linears}
-    seen: list[tuple[str, Tensor]] = []
-    handles = [
-        layer.get_submodule(name).register_forward_pre_hook(
-            lambda module, args: seen.append((names[id(module)], args[0]))
-        )
-        for name in linears
-    ]
+    outputs: list[Tensor] = []
     stages: list[Stage] = []
-    inputs: list[list[Tensor]] = []
-    outputs = []
-    try:
+    with _Trace(layer, linears) as trace:
         for sequence in hidden:
-            seen.clear()
             outputs.append(forward_layer(layer, call, sequence))
-            stages, first_inputs = _stages(seen)
-            inputs.append([x.flatten(0, -2) for x in first_inputs])
-    finally:
-        for handle in handles:
+            found = trace.stages(sequence, outputs[-1])
+            if not stages:
+                stages = found
+                continue
+            if [stage.linears for stage in found] != [stage.linears for stage in stages]:
+                raise PCDVQError(
+                    "the linear layers that run depend on the text (experts?), which calibration "
+                    "does not handle; use --calibration none"
+                )
+            for stage, more in zip(stages, found, strict=True):
+                stage.inputs += more.inputs
+                if stage.residual is not None and more.residual is not None:
+                    stage.residual += more.residual
+    return torch.cat(outputs), stages
+
+
+class _Trace:
+    """Records what the linears and the direct children of a layer read and give."""
+
+    def __init__(self, layer: nn.Module, linears: list[str]) -> None:
+        self._layer = layer
+        self._linears = linears
+        self._seen: list[tuple[str, Tensor, Tensor]] = []
+        self._child_inputs: list[Tensor] = []
+
+    def __enter__(self) -> _Trace:
+        self._handles = [
+            self._layer.get_submodule(name).register_forward_hook(self._linear_hook(name))
+            for name in self._linears
+        ]
+        for child in self._layer.children():
+            self._handles.append(child.register_forward_pre_hook(self._child_hook))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
             handle.remove()
-    return torch.cat(outputs), stages, [list(each) for each in zip(*inputs, strict=True)]
+
+    def _linear_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._seen.append((name, args[0], output))
+
+        return hook
+
+    def _child_hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._child_inputs += [arg for arg in args[:1] if isinstance(arg, Tensor)]
+
+    def stages(self, sequence: Tensor, output: Tensor) -> list[Stage]:
+        """Stages of the forward pass just made, from `sequence` [T, H] to `output` [1, T, H]."""
+        groups: list[tuple[list[str], Tensor, Tensor]] = []
+        for name, x, y in self._seen:
+            if groups and x is groups[-1][1]:
+                groups[-1][0].append(name)
+            else:
+                groups.append(([name], x, y))
+        # The residual stream is seen wherever the layer norms it, and at the layer's end.
+        states = [*self._child_inputs, output]
+        stages, stream = [], sequence[None]
+        for names, x, y in groups:
+            stage = Stage(tuple(names), [x.flatten(0, -2)])
+            after = stream + y if len(names) == 1 and y.shape == stream.shape else None
+            if after is not None and any(_equal(after, state) for state in states):
+                stage.residual = [stream[0]]
+                stream = after
+            stages.append(stage)
+        self._seen.clear()
+        self._child_inputs.clear()
+        return stages
 
 
-def _stages(seen: list[tuple[str, Tensor]]) -> tuple[list[Stage], list[Tensor]]:
-    groups: list[list[str]] = []
-    inputs: list[Tensor] = []
-    for name, x in seen:
-        if inputs and x is inputs[-1]:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-            inputs.append(x)
-    return [Stage(tuple(group)) for group in groups], inputs
-
-
-def forward_layer(layer: nn.Module, call: Call, sequence: Tensor) -> Tensor:
-    """Output [1, T, H] of `layer` for one sequence [T, H]."""
-    output = layer(sequence[None], *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @dataclass
@@ -88,17 +142,28 @@ class Replay:
 
     Results that can no longer change are kept, so all stages together cost about one forward pass:
     outputs of linears, and of direct children of the layer (attention, MLP) once they are done.
+
+    Attributes:
+        layer, call: as in `run_original`.
+        hidden: fp32 [S, T, H], what comes in.
+        stages: of `run_original`.
+        residual: the residual stream before the next linear that adds to it, S of fp32 [T, H].
     """
 
     layer: nn.Module
     call: Call
     hidden: Tensor
     stages: list[Stage]
+    residual: list[Tensor] = field(init=False)
     _kept: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.residual = list(self.hidden)
 
     def inputs(self, index: int) -> Iterator[Tensor]:
         """Inputs fp32 [T, K] of stage `index`; the stages before must be quantized."""
         target = self.layer.get_submodule(self.stages[index].linears[0])
+        caught: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             caught.append(args[0])
@@ -107,40 +172,29 @@ class Replay:
         handle = target.register_forward_pre_hook(stop)
         try:
             for number in range(len(self.hidden)):
-                caught: list[Tensor] = []
-                try:
+                with contextlib.suppress(_Stop):
                     self._run(number, index)
-                except _Stop:
-                    pass
-                yield caught[0].flatten(0, -2)
+                yield caught.pop().flatten(0, -2)
         finally:
             handle.remove()
-        self._drop_inner(index)
+        self._drop_inner()
 
     def output(self) -> Tensor:
         """The layer's output, fp32 [S, T, H], with all its linears quantized."""
-        return torch.cat(
-            [self._run(number, len(self.stages)) for number in range(len(self.hidden))]
-        )
+        count = len(self.stages)
+        return torch.cat([self._run(number, count) for number in range(len(self.hidden))])
 
     def _run(self, number: int, index: int) -> Tensor:
-        """Forward of sequence `number`, keeping the outputs of stage `index` - 1."""
-        fixed = [name for stage in self.stages[: max(index, 0)] for name in stage.linears]
-        done = {
-            name
-            for name, child in self.layer.named_children()
-            if any(linear.startswith(name + ".") for linear in fixed)
-            and all(
-                linear in fixed
-                for stage in self.stages
-                for linear in stage.linears
-                if linear.startswith(name + ".")
-            )
-        }
+        """Forward of sequence `number`, keeping what the stages before `index` give."""
+        fixed = {name for stage in self.stages[:index] for name in stage.linears}
+        pending = {name for stage in self.stages[index:] for name in stage.linears}
+        children = [name for name, _ in self.layer.named_children()]
+        done = [c for c in children if _holds(c, fixed) and not _holds(c, pending)]
+        adds = {s.linears[0] for s in self.stages[:index] if s.residual is not None}
         replaced = []
         for name in [*fixed, *done]:
             module = self.layer.get_submodule(name)
-            module.forward = self._keep(name, module.forward, number)
+            module.forward = self._keep(name, module.forward, number, name in adds)
             replaced.append(module)
         try:
             return forward_layer(self.layer, self.call, self.hidden[number])
@@ -148,18 +202,25 @@ class Replay:
             for module in replaced:
                 del module.forward
 
-    def _keep(self, name: str, forward: Any, number: int) -> Any:
+    def _keep(self, name: str, forward: Any, number: int, adds: bool) -> Any:
+        """`forward` of module `name` that runs once for sequence `number`."""
         kept = self._kept.setdefault(name, [])
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if len(kept) == number:
                 kept.append(forward(*args, **kwargs))
+                if adds:
+                    self.residual[number] = self.residual[number] + kept[number][0]
             return kept[number]
 
         return run
 
-    def _drop_inner(self, index: int) -> None:
+    def _drop_inner(self) -> None:
         """Forget outputs of linears inside a child whose own output is kept."""
         for name in [name for name in self._kept if "." in name]:
             if name.partition(".")[0] in self._kept:
                 del self._kept[name]
+
+
+def _holds(child: str, linears: set[str]) -> bool:
+    return any(linear == child or linear.startswith(f"{child}.") for linear in linears)

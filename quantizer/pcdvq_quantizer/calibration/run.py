@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pcdvq_quantizer.calibration.allocation import choose_rates
 from pcdvq_quantizer.calibration.decoder import Call, LayeredModel
 from pcdvq_quantizer.calibration.replay import Replay, Stage, run_original
 from pcdvq_quantizer.calibration.stage import quantize_stage
-from pcdvq_quantizer.calibration.statistics import InputStatistics
+from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.calibration.text import calibration_tokens
 from pcdvq_quantizer.plan import Plan, input_signs
 from pcdvq_quantizer.progress import Progress
@@ -86,7 +87,7 @@ def calibrate(plan: Plan, writer: CheckpointWriter, progress: Progress) -> Plan:
         if state is None:
             tokens = calibration_tokens(plan, model, progress)
             hidden, _ = model.embed(tokens)
-            state = CalibrationState(0, tokens, hidden, hidden)
+            state = CalibrationState(0, tokens, hidden, hidden.clone())
             state.save(directory)
         if plan.options.is_mixed:
             plan = choose_rates(plan, model, state.tokens, directory, progress)
@@ -124,14 +125,13 @@ class _Calibration:
         name = self._model.layers[index]
         layer = self._model.load(index)
         inner = [linear.removeprefix(f"{name}.") for linear in self._linears(name)]
-        original, stages, inputs = run_original(layer, call, state.original, inner)
+        original, stages = run_original(layer, call, state.original, inner)
         _check_finite(original, f"output of {name} in the original model")
         replay = Replay(layer, call, state.quantized, stages)
         for number, stage in enumerate(stages):
             names = [f"{name}.{linear}" for linear in stage.linears]
-            pairs = zip(inputs[number], replay.inputs(number), strict=True)
-            statistics = InputStatistics.gather(pairs)
-            inputs[number] = []
+            statistics = InputStatistics.gather(_pairs(stage, replay, number))
+            stage.inputs.clear()
             _check_finite(statistics.hessian, f"input of {names[0]}")
             self._quantize_stage(layer, name, stage, statistics)
             self._progress.advance(sum(map(self._weights, names)))
@@ -161,6 +161,15 @@ class _Calibration:
     def _weights(self, linear: str) -> int:
         rows, columns = self._plan.shape(linear)
         return rows * columns
+
+
+def _pairs(stage: Stage, replay: Replay, number: int) -> Iterator[Inputs]:
+    """Inputs of `stage`, the one of this number, in both models."""
+    for sequence, x in enumerate(replay.inputs(number)):
+        drift = None
+        if stage.residual is not None:
+            drift = stage.residual[sequence] - replay.residual[sequence]
+        yield Inputs(stage.inputs[sequence], x, drift)
 
 
 def _check_finite(values: Tensor, what: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pcdvq_quantizer.calibration.decoder import Call, LayeredModel
 from pcdvq_quantizer.calibration.replay import forward_layer
-from pcdvq_quantizer.calibration.statistics import InputStatistics
+from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.progress import Progress
 
 DAMPING = 0.01  # of the mean diagonal of H, before its determinant is taken
@@ -129,7 +129,7 @@ class _Watch:
         self._last = None
         losses = {}
         for group, inputs in self._inputs.items():
-            hessian = InputStatistics.gather((x, x) for x in inputs).hessian
+            hessian = InputStatistics.gather(Inputs(x, x) for x in inputs).hessian
             losses[group] = sum(self._losses[name] for name in group) * _left_by_feedback(hessian)
         return losses
 

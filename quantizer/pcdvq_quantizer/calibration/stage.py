@@ -17,7 +17,9 @@ from pcdvq_quantizer.layer import (
     refit_row_scale,
 )
 
-DAMPING = 0.01  # of the mean diagonal of the Hessian
+# Added to the diagonal of a Hessian, as a share of its mean: see QUALITY.md.
+DAMPING = 0.03
+TARGET_DAMPING = 0.5
 
 
 def quantize_stage(
@@ -30,9 +32,10 @@ def quantize_stage(
     """Quantize linears that read the same activation.
 
     What is rounded is not W but the weights W* that give the original model's outputs on the
-    quantized model's inputs, min E |W x_original - W* x|^2 (asymmetric calibration, as in GPTAQ,
-    arXiv 2504.02692), held near W where the calibration text says nothing:
-    W* (H + d I) = W (M + d I), M = E[x_original x^T].
+    quantized model's inputs x, min E |W x_original + r - W* x|^2 (asymmetric calibration, as in
+    GPTAQ, arXiv 2504.02692). r is what the residual stream lacks, for layers that add to it. W* is
+    held near W, since it is learnt from few tokens:
+    W* = W + (W E[(x_original - x) x^T] + E[r x^T]) (H + d I)^-1.
 
     Args:
         weights: fp32 [N_i, K].
@@ -46,9 +49,8 @@ def quantize_stage(
     moments = statistics.rotated(signs, block)
     original = block_hadamard(torch.cat(weights) * signs, block)
     vector_dim = codebook.codebook.spec.vector_dim
-    hessian, feedback, damping = damped_feedback(moments.hessian, vector_dim)
-    aim = _asymmetric_target(original, moments.cross, hessian, damping)
-    hessian = hessian.float()
+    hessian, feedback = damped_feedback(moments.hessian, vector_dim)
+    aim = _asymmetric_target(original, moments)
     scale = initial_row_scale(aim, codebook)
     codes, levels = ldlq(aim / scale.unsqueeze(1), feedback, codebook.encoder, scale.square())
     row_scale = refit_row_scale(aim, levels, hessian)
@@ -73,28 +75,35 @@ def quantize_stage(
     return layers, list(dense.split([len(weight) for weight in weights]))
 
 
-def damped_feedback(hessian: Tensor, vector_dim: int) -> tuple[Tensor, Tensor, float]:
-    """(damped Hessian fp64 [K, K], its `cholesky_feedback`, what was added to the diagonal).
+def damped_feedback(hessian: Tensor, vector_dim: int) -> tuple[Tensor, Tensor]:
+    """(damped Hessian fp32 [K, K], its `cholesky_feedback`) of a Hessian fp64 [K, K].
 
     Dead inputs, or fewer tokens than columns, make a Hessian singular: the damping grows until it
     can be factored.
     """
-    mean = hessian.diagonal().mean().item() or 1.0
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     share = DAMPING
     while True:
-        damped = hessian + share * mean * identity
+        damped = _damped(hessian, share)
         try:
-            return damped, cholesky_feedback(damped, vector_dim), share * mean
+            return damped.float(), cholesky_feedback(damped, vector_dim)
         except torch.linalg.LinAlgError:
             share *= 10
 
 
-def _asymmetric_target(original: Tensor, cross: Tensor, hessian: Tensor, damping: float) -> Tensor:
-    """W* of `quantize_stage`, fp32 [N, K]; hessian and damping of `damped_feedback`."""
-    wide = original.double()
-    right = wide @ cross + damping * wide
-    return torch.linalg.solve(hessian, right, left=False).float()
+def _asymmetric_target(original: Tensor, moments: InputStatistics) -> Tensor:
+    """W* of `quantize_stage`, fp32 [N, K], for `original` [N, K]."""
+    hessian = _damped(moments.hessian, TARGET_DAMPING)
+    right = original.double() @ moments.cross
+    if moments.drift is not None:
+        right += moments.drift
+    factor = torch.linalg.cholesky(hessian)
+    return original + torch.cholesky_solve(right.T, factor).T.float()
+
+
+def _damped(hessian: Tensor, share: float) -> Tensor:
+    """`hessian` with `share` of its mean diagonal added to the diagonal."""
+    mean = hessian.diagonal().mean().item() or 1.0
+    return hessian + share * mean * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
 def _energy(error: Tensor, hessian: Tensor) -> float:

@@ -11,40 +11,63 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class InputStatistics:
-    """Moments of the inputs of one stage.
+class Inputs:
+    """What the linears of a stage read for one sequence.
 
     Attributes:
-        hessian: fp64 [K, K], mean of x x^T; x is the quantized model's input.
-        cross: fp64 [K, K], mean of x_original x^T.
+        original: fp32 [T, K], in the original model.
+        quantized: fp32 [T, K], in the model quantized so far.
+        drift: fp32 [T, H], the residual stream that the stage adds to: original minus quantized.
+            None where it adds to none.
+    """
+
+    original: Tensor
+    quantized: Tensor
+    drift: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Moments of the inputs of one stage, x in the quantized model.
+
+    Attributes:
+        hessian: fp64 [K, K], mean of x x^T.
+        cross: fp64 [K, K], mean of (x_original - x) x^T.
+        drift: fp64 [H, K], mean of (residual_original - residual) x^T, or None.
         tokens: how many inputs.
     """
 
     hessian: Tensor
     cross: Tensor
+    drift: Tensor | None
     tokens: int
 
     @classmethod
-    def gather(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> InputStatistics:
-        """Accumulate (x_original, x), each fp32 [T, K]."""
-        hessian = cross = None
+    def gather(cls, inputs: Iterable[Inputs]) -> InputStatistics:
+        """Accumulate the moments of `inputs`, products in fp32 and their sums in fp64."""
+        hessian = cross = torch.zeros((), dtype=torch.float64)
+        drift: Tensor | None = None
         tokens = 0
-        for original, x in pairs:
-            if hessian is None or cross is None:
-                size = x.shape[1]
-                hessian = torch.zeros(size, size, dtype=torch.float64, device=x.device)
-                cross = torch.zeros_like(hessian)
-            hessian += x.T @ x
-            cross += original.T @ x
+        for each in inputs:
+            x = each.quantized
+            hessian = hessian + (x.T @ x).double()
+            cross = cross + ((each.original - x).T @ x).double()
+            if each.drift is not None:
+                moment = (each.drift.T @ x).double()
+                drift = moment if drift is None else drift + moment
             tokens += len(x)
-        assert hessian is not None and cross is not None
-        return cls(hessian / tokens, cross / tokens, tokens)
+        drift = None if drift is None else drift / tokens
+        return cls(hessian / tokens, cross / tokens, drift, tokens)
 
     def rotated(self, signs: Tensor, block: int) -> InputStatistics:
-        """Moments of H S x (FORMAT.md); signs fp32 [K]."""
+        """Moments of H S x (FORMAT.md) in place of x; signs fp32 [K]."""
+        wide = signs.double()
 
-        def rotate(moment: Tensor) -> Tensor:
-            half = block_hadamard(moment * signs.double(), block)
-            return block_hadamard(half.T * signs.double(), block).T.contiguous()
+        def columns(moment: Tensor) -> Tensor:
+            return block_hadamard(moment * wide, block)
 
-        return InputStatistics(rotate(self.hessian), rotate(self.cross), self.tokens)
+        def both(moment: Tensor) -> Tensor:
+            return columns(columns(moment).T).T.contiguous()
+
+        drift = None if self.drift is None else columns(self.drift)
+        return InputStatistics(both(self.hessian), both(self.cross), drift, self.tokens)

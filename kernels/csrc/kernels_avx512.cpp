@@ -50,11 +50,7 @@ inline void take_greater(Vec score, int32_t c, Vec& best, Index& index) {
 }  // namespace
 }  // namespace pcdvq
 
-#include "codec.h"
-#include "rotate.h"
-#include "tile.h"
-
-#include "nearest.h"
+#include "kernels.h"
 
 namespace pcdvq {
 const Kernels* avx512_kernels() { return &kKernels; }

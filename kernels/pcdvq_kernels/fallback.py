@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pcdvq_kernels import cpu
-from pcdvq_kernels.arguments import LayoutFields, check_linear, check_nearest
+from pcdvq_kernels.arguments import LayoutFields, check_linear, check_nearest, check_trellis
+from pcdvq_kernels.config import SEGMENT_ROWS
 from pcdvq_kernels.packing import unpack_codes
 from pcdvq_kernels.reference import rotate_activations
 
@@ -69,6 +70,58 @@ def nearest(x: Tensor, codewords: Tensor, bias: Tensor) -> Tensor:
         equal = scores == scores.amax(1, keepdim=True)
         out[first : first + chunk] = equal.to(torch.int8).argmax(1)
     return out
+
+
+def trellis(
+    x: Tensor, row_weight: Tensor, codewords: Tensor, parity: bool, state_bits: int
+) -> Tensor:
+    """`trellis_codes` in torch, a segment at a time."""
+    check_trellis(x, row_weight, codewords, parity, state_bits)
+    table = codewords.view(1 << state_bits, -1, 1 + parity, x.shape[2])
+    segments = zip(x.split(SEGMENT_ROWS), row_weight.split(SEGMENT_ROWS), strict=True)
+    return torch.cat([_segment_codes(*segment, table) for segment in segments])
+
+
+def _segment_codes(x: Tensor, row_weight: Tensor, table: Tensor) -> Tensor:
+    """Viterbi search in one segment x [rows, G, dim]; table is [state, field, parity, dim]."""
+    states, fields, parities, dim = table.shape
+    signs, y = _fold(x, parities)  # [P, rows, G], [P, rows, G, dim]
+    cost = x.new_full((states, x.shape[1]), torch.inf)
+    cost[0] = 0
+    choices = fields // states * parities  # that lead from one state to another
+    steps = []
+    for row, weight in enumerate(row_weight):
+        product = torch.einsum("pgd,sfpd->sgfp", y[:, row], table)
+        error = weight * (table.square().sum(-1).unsqueeze(1) - 2 * product)
+        error, choice = error.view(states, -1, states, choices).min(-1)  # [state, G, state below]
+        total, before = (cost.unsqueeze(-1) + error).min(0)  # [G, state below]
+        index = torch.arange(states, device=x.device) * choices
+        index = index + choice.gather(0, before.unsqueeze(0))[0]
+        code = signs[:, row].T.gather(1, index % parities) | index // parities << dim
+        steps.append((before, code))
+        cost = total.T
+    state = cost.argmin(0).unsqueeze(1)  # [G, 1]
+    codes = []
+    for before, code in reversed(steps):
+        codes.append(code.gather(1, state)[:, 0])
+        state = before.gather(1, state)
+    return torch.stack(codes[::-1]).to(torch.int32)
+
+
+def _fold(x: Tensor, parities: int) -> tuple[Tensor, Tensor]:
+    """Sign bits int64 [P, ...] and magnitudes [P, ..., dim] of x [..., dim], by parity of signs."""
+    y, bits = x.abs(), 1 << torch.arange(x.shape[-1], device=x.device)
+    signs = ((x < 0) * bits).sum(-1)
+    if parities == 1:
+        return signs.unsqueeze(0), y.unsqueeze(0)
+    smallest = y.argmin(-1, keepdim=True)
+    flipped = y.scatter(-1, smallest, -y.gather(-1, smallest))
+    odd = (x < 0).sum(-1) % 2
+    matches = torch.stack([odd == parity for parity in range(2)])  # [P, ...]
+    return (
+        torch.where(matches, signs, signs ^ bits[smallest[..., 0]]),
+        torch.where(matches.unsqueeze(-1), y, flipped),
+    )
 
 
 @cache

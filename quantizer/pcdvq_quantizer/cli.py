@@ -24,6 +24,7 @@ console = Console()
 
 class Codec(StrEnum):
     signed = "signed"
+    trellis = "trellis"
     e8 = "e8"
 
 
@@ -41,7 +42,11 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     bits: Annotated[float, typer.Option(help="Bits per weight: 2, 2.25, 3 or 4.")] = 4.0,
     codec: Annotated[
-        Codec, typer.Option(help="signed: fast default; e8: the paper's codebook (2 and 2.25).")
+        Codec,
+        typer.Option(
+            help="signed: fast default; trellis: smaller error, slower; "
+            "e8: the paper's codebook (2 and 2.25)."
+        ),
     ] = Codec.signed,
     max_tp: Annotated[
         int, typer.Option(help="Largest tensor-parallel size to allow where sizes permit.")

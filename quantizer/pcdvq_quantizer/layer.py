@@ -18,7 +18,7 @@ CHUNK_WEIGHTS = 1 << 23
 
 Rounding = Callable[[Tensor, Encoder], Tensor]
 """Chooses codes: (rotated weights in units of the row scale, fp32 [N, K]; encoder) to int64
-codes [N, K / g]. Rows are independent. Calibrated methods (LDLQ) implement this signature with
+codes [N, K / g]. Segments of rows are independent. Calibrated methods (LDLQ) implement this signature with
 their Hessian bound to it."""
 
 
@@ -46,8 +46,7 @@ class QuantizedLinear:
 
 def round_to_nearest(rotated: Tensor, encoder: Encoder) -> Tensor:
     """The uncalibrated `Rounding`: each group to its nearest code."""
-    vector_dim = encoder.codebook.spec.vector_dim
-    return encoder.encode(rotated.view(-1, vector_dim)).view(len(rotated), -1)
+    return encoder.encode(rotated.unflatten(1, (-1, encoder.codebook.spec.vector_dim)))
 
 
 def quantize_linear(
@@ -67,12 +66,12 @@ def quantize_linear(
         rounding: how codes are chosen.
     """
     encoder = codebook.encoder
-    code_bits = encoder.codebook.spec.code_bits
-    # Rows are independent, so working memory is bounded by a chunk of them.
-    rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
+    spec = encoder.codebook.spec
+    # Segments are independent, so working memory is bounded by a chunk of them.
+    segments = max(1, CHUNK_WEIGHTS // (weight.shape[1] * spec.row_multiple))
     qweight, row_scale = [], []
     error = energy = 0.0
-    for chunk in weight.split(rows):
+    for chunk in weight.split(segments * spec.row_multiple):
         rotated = block_hadamard(chunk.float() * signs, block)
         # Any positive scale decodes a row of zeros; its refitted scale is 0.
         scale = (rotated.square().mean(1).sqrt() / codebook.unit).clamp_min(1e-30)
@@ -81,7 +80,7 @@ def quantize_linear(
         refitted = refit_row_scale(rotated, levels)
         error += (levels * refitted.float().unsqueeze(1) - rotated).square().sum().item()
         energy += rotated.square().sum().item()
-        qweight.append(pack_codes(codes, code_bits))
+        qweight.append(pack_codes(codes, spec.code_bits))
         row_scale.append(refitted)
     return QuantizedLinear(
         torch.cat(qweight), torch.cat(row_scale), pack_signs(signs), error / max(energy, 1e-30)

@@ -33,7 +33,7 @@ class QuantizeOptions:
 
     Attributes:
         bits: nominal bits per weight, one of `codebooks.OFFERED[codec]`.
-        codec: `signed` or `e8`.
+        codec: `signed`, `trellis` or `e8`.
         max_tp: largest tensor-parallel size to keep possible where K allows.
         seed: of the input signs.
     """

@@ -18,6 +18,7 @@ EXPECTED_ERROR = {
     ("signed", 2.25): 0.0647,
     ("signed", 3.0): 0.0266,
     ("signed", 4.0): 0.0074,
+    ("trellis", 2.0): 0.0800,
     ("e8", 2.0): 0.0990,
     ("e8", 2.25): 0.0691,
 }
@@ -33,7 +34,7 @@ E8_SHA256 = {
 def test_error_on_gaussian_weights(codec: str, bits: float) -> None:
     named = get_codebook(codec, bits)
     generator = torch.Generator().manual_seed(7)
-    x = torch.randn(100_000, named.codebook.spec.vector_dim, generator=generator)
+    x = torch.randn(1000, 100, named.codebook.spec.vector_dim, generator=generator)
     decoded = named.codebook.decode(named.encoder.encode(x * named.unit)).float() / named.unit
     error = (decoded - x).square().mean().item()
     assert error <= TOLERANCE * EXPECTED_ERROR[codec, bits]
@@ -44,7 +45,7 @@ def test_rate_is_what_it_says(codec: str, bits: float) -> None:
     spec = get_codebook(codec, bits).codebook.spec
     assert spec.bits == bits
     assert spec.codec == codec
-    assert spec.magnitude_bits >= 1
+    assert (spec.magnitude_bits >= 1) == (codec != "trellis")
 
 
 @pytest.mark.parametrize(("codec", "bits"), RATES)
@@ -52,7 +53,7 @@ def test_encoding_a_codeword_finds_it(codec: str, bits: float) -> None:
     """Decode, encode, decode: codewords are their own nearest (or one as near)."""
     named = get_codebook(codec, bits)
     spec = named.codebook.spec
-    codes = torch.randint(0, 1 << spec.code_bits, (2000,))
+    codes = torch.randint(0, 1 << spec.code_bits, (20, 100))
     if spec.codec == "e8":
         # Direction and length are chosen apart, so only the direction must come back.
         levels = named.codebook.decode(codes).float()
@@ -62,8 +63,7 @@ def test_encoding_a_codeword_finds_it(codec: str, bits: float) -> None:
     levels = named.codebook.decode(codes)
     assert torch.equal(named.codebook.decode(named.encoder.encode(levels.float())), levels)
     assert torch.equal(
-        unpack_codes(pack_codes(codes.view(10, -1), spec.code_bits), spec.code_bits, 200),
-        codes.view(10, -1),
+        unpack_codes(pack_codes(codes, spec.code_bits), spec.code_bits, 100), codes
     )
 
 
@@ -71,13 +71,13 @@ def test_signed_encoder_beats_or_equals_any_single_flip() -> None:
     """Codes are locally optimal: no other pattern and magnitude under the same signs is nearer."""
     named = get_codebook("signed", 2.0)
     spec = named.codebook.spec
-    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(3)) * named.unit
+    x = torch.randn(64, 1, 8, generator=torch.Generator().manual_seed(3)) * named.unit
     codes = named.encoder.encode(x)
     fields = torch.arange(1 << (spec.pattern_bits + spec.magnitude_bits)) << spec.sign_bits
-    others = (codes & ((1 << spec.sign_bits) - 1)).unsqueeze(1) | fields  # [64, fields]
-    distance = (named.codebook.decode(others).float() - x.unsqueeze(1)).square().sum(-1)
+    others = (codes & ((1 << spec.sign_bits) - 1)) | fields  # [64, fields]
+    distance = (named.codebook.decode(others).float() - x).square().sum(-1)
     chosen = (named.codebook.decode(codes).float() - x).square().sum(-1)
-    torch.testing.assert_close(chosen, distance.min(1).values)
+    torch.testing.assert_close(chosen, distance.min(1, keepdim=True).values)
 
 
 @pytest.mark.parametrize("bits", [2.0, 2.25])

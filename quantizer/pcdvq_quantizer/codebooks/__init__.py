@@ -20,7 +20,11 @@ from pcdvq_quantizer.codebooks.e8 import make_e8_tables
 from pcdvq_quantizer.encode import Encoder
 
 E8_DIRECTION_BITS = {2.0: 14, 2.25: 16}
-OFFERED = {"signed": (2.0, 2.25, 3.0, 4.0), "e8": tuple(E8_DIRECTION_BITS)}
+OFFERED = {
+    "signed": (2.0, 2.25, 3.0, 4.0),
+    "trellis": (2.0,),
+    "e8": tuple(E8_DIRECTION_BITS),
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def get_codebook(codec: str, bits: float) -> NamedCodebook:
         rates = ", ".join(f"{rate:g}" for rate in OFFERED[codec])
         raise PCDVQError(f"codec {codec} does not offer {bits:g} bits per weight; choose {rates}")
     id = f"{codec}-{bits:g}"
-    if codec == "signed":
+    if codec != "e8":
         with resources.as_file(resources.files(__package__) / "tables") as tables:
             return load_codebook(id, tables / f"{id}.safetensors")
     return _cached_e8(id, E8_DIRECTION_BITS[bits])

@@ -63,7 +63,7 @@ class Codebook:
         spec = self.spec
         row = (codes >> spec.sign_bits) & ((1 << spec.base_bits) - 1)
         if spec.state_bits:
-            row |= _states(codes, spec) << spec.base_bits
+            row |= code_states(codes, spec.code_bits, spec.state_bits) << spec.base_bits
         if spec.parity:
             row = 2 * row + _sign_matrix(codes, spec.vector_dim).sum(-1) % 2
         magnitude = (codes >> (spec.sign_bits + spec.pattern_bits)) & (
@@ -116,10 +116,10 @@ def rotated_coordinates(rotation: Tensor, vector_dim: int) -> Tensor:
     return (rotation.unsqueeze(-1) + torch.arange(vector_dim, device=rotation.device)) % vector_dim
 
 
-def _states(codes: Tensor, spec: CodebookSpec) -> Tensor:
+def code_states(codes: Tensor, code_bits: int, state_bits: int) -> Tensor:
     """States of codes [N, groups]: the top bits of the code above, 0 where a segment starts."""
     states = torch.zeros_like(codes)
-    states[1:] = codes[:-1] >> (spec.code_bits - spec.state_bits)
+    states[1:] = codes[:-1] >> (code_bits - state_bits)
     states[::SEGMENT_ROWS] = 0
     return states
 

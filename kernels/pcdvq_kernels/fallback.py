@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pcdvq_kernels import cpu
 from pcdvq_kernels.arguments import LayoutFields, check_linear, check_nearest, check_trellis
+from pcdvq_kernels.codebook import code_states, rotated_coordinates
 from pcdvq_kernels.config import SEGMENT_ROWS
 from pcdvq_kernels.packing import unpack_codes
 from pcdvq_kernels.reference import rotate_activations
@@ -35,7 +36,7 @@ def linear(
     in_features, out_features = x.shape[-1], qweight.shape[0]
     rotated = rotate_activations(x, signs_in, fields.hadamard_block).reshape(-1, in_features)
     y = x.new_empty(rotated.shape[0], out_features)
-    chunk = max(1, CHUNK_WEIGHTS // in_features)
+    chunk = -(-CHUNK_WEIGHTS // in_features // SEGMENT_ROWS) * SEGMENT_ROWS
     for first in range(0, out_features, chunk):
         rows = slice(first, first + chunk)
         levels = decode_levels(qweight[rows], codewords, fields, in_features)
@@ -47,13 +48,21 @@ def linear(
 def decode_levels(
     qweight: Tensor, codewords: Tensor, layout: LayoutFields, in_features: int
 ) -> Tensor:
-    """Levels of some weight rows: uint8 [rows, row_bytes] to fp32 [rows, K]."""
+    """Levels of whole segments of weight rows: uint8 [rows, row_bytes] to fp32 [rows, K]."""
     codes = unpack_codes(qweight, layout.code_bits, in_features // layout.vector_dim)
     row = codes >> layout.sign_bits
     bits = (codes.unsqueeze(-1) >> torch.arange(layout.vector_dim, device=codes.device)) & 1
+    base_bits = layout.pattern_bits - layout.rotation_bits
+    if layout.rotation_bits:
+        source = rotated_coordinates(row >> base_bits, layout.vector_dim)
+        row &= (1 << base_bits) - 1
+    if layout.state_bits:
+        row |= code_states(codes, layout.code_bits, layout.state_bits) << base_bits
     if layout.parity:
         row = 2 * row + bits.sum(-1) % 2
     levels = codewords[row].float()
+    if layout.rotation_bits:
+        levels = levels.gather(-1, source)
     if layout.sign_bits:
         levels *= 1 - 2 * bits
     return levels.flatten(1)

@@ -62,9 +62,7 @@ def test_encoding_a_codeword_finds_it(codec: str, bits: float) -> None:
         return
     levels = named.codebook.decode(codes)
     assert torch.equal(named.codebook.decode(named.encoder.encode(levels.float())), levels)
-    assert torch.equal(
-        unpack_codes(pack_codes(codes, spec.code_bits), spec.code_bits, 100), codes
-    )
+    assert torch.equal(unpack_codes(pack_codes(codes, spec.code_bits), spec.code_bits, 100), codes)
 
 
 def test_signed_encoder_beats_or_equals_any_single_flip() -> None:

@@ -65,9 +65,7 @@ def _linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
         f"code bits must be at most {MAX_CODE_BITS}": fields.code_bits > MAX_CODE_BITS,
         "rotation_bits must be 0 or those of vector_dim": fields.rotation_bits != 0
         and 1 << fields.rotation_bits != fields.vector_dim,
-        f"state_bits must be in [0, {MAX_STATE_BITS}]": not 0
-        <= fields.state_bits
-        <= MAX_STATE_BITS,
+        "state_bits must be in [0, 4]": not 0 <= fields.state_bits <= MAX_STATE_BITS,
         "rotation and state bits must be pattern bits beside signs, without magnitude bits": max(
             fields.rotation_bits, fields.state_bits
         )

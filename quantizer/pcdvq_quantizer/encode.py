@@ -13,9 +13,10 @@ class Encoder:
     """Encodes groups with one codebook.
 
     For `trellis` the codes of a column group in a segment are searched together. In the other
-    codecs a group is encoded by itself: a direction is chosen by its angle to the group and a magnitude by the group's length, as in the
-    paper (arXiv 2506.05432, section 3.2) for codec `e8`. For `signed`, whose patterns have lengths
-    of their own, the pair nearest to the group in Euclidean distance is chosen.
+    codecs a group is encoded by itself: by a direction chosen by its angle to the group and a
+    magnitude by the group's length, as in the paper (arXiv 2506.05432, section 3.2), for `e8`; by
+    the pair nearest to the group in Euclidean distance for `signed`, whose patterns have lengths of
+    their own.
     """
 
     def __init__(self, codebook: Codebook) -> None:

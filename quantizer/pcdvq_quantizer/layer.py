@@ -18,8 +18,8 @@ CHUNK_WEIGHTS = 1 << 23
 
 Rounding = Callable[[Tensor, Encoder], Tensor]
 """Chooses codes: (rotated weights in units of the row scale, fp32 [N, K]; encoder) to int64
-codes [N, K / g]. Segments of rows are independent. Calibrated methods (LDLQ) implement this signature with
-their Hessian bound to it."""
+codes [N, K / g]. Segments of rows are independent. Calibrated methods (LDLQ) implement this
+signature with their Hessian bound to it."""
 
 
 @dataclass(frozen=True)

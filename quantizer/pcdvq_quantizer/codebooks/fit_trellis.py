@@ -61,7 +61,7 @@ class Variant:
         )
 
     def sample(self, groups: int, generator: torch.Generator) -> Tensor:
-        """N(0, 1) samples [rows, groups per row, g]; many segments, because their first rows differ."""
+        """N(0, 1) samples [rows, groups per row, g]."""
         rows = 32 * SEGMENT_ROWS
         return torch.randn(rows, groups // rows, self.vector_dim, generator=generator)
 
@@ -117,7 +117,7 @@ def mean_squared_error(table: Tensor, assignment: Assignment) -> float:
 
 
 def fit_float(variant: Variant, generator: torch.Generator) -> Tensor:
-    """Alternate search and centroids from a random table: fp32 [rows, g], in standard deviations."""
+    """Search and centroids in turn from a random table: fp32 [rows, g], in standard deviations."""
     spec, g = variant.spec(), variant.vector_dim
     x = variant.sample(variant.groups, generator)
     # Best for many codewords: normal with variance (g + 2) / g, see `fit.fit_from_random`.

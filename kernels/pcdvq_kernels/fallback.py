@@ -87,8 +87,11 @@ def trellis(
     """`trellis_codes` in torch, a segment at a time."""
     check_trellis(x, row_weight, codewords, parity, state_bits)
     table = codewords.view(1 << state_bits, -1, 1 + parity, x.shape[2])
-    segments = zip(x.split(SEGMENT_ROWS), row_weight.split(SEGMENT_ROWS), strict=True)
-    return torch.cat([_segment_codes(*segment, table) for segment in segments])
+    out = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
+    for first in range(0, len(x), SEGMENT_ROWS):
+        rows = slice(first, first + SEGMENT_ROWS)
+        out[rows] = _segment_codes(x[rows], row_weight[rows], table)
+    return out
 
 
 def _segment_codes(x: Tensor, row_weight: Tensor, table: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ EXPECTED_ERROR = {
     ("signed", 3.0): 0.0266,
     ("signed", 4.0): 0.0074,
     ("trellis", 2.0): 0.0800,
+    ("trellis", 3.0): 0.0214,
     ("e8", 2.0): 0.0990,
     ("e8", 2.25): 0.0691,
 }
@@ -76,6 +77,24 @@ def test_signed_encoder_beats_or_equals_any_single_flip() -> None:
     distance = (named.codebook.decode(others).float() - x).square().sum(-1)
     chosen = (named.codebook.decode(codes).float() - x).square().sum(-1)
     torch.testing.assert_close(chosen, distance.min(1, keepdim=True).values)
+
+
+@pytest.mark.parametrize("bits", OFFERED["trellis"])
+def test_trellis_row_weights_move_the_error(bits: float) -> None:
+    """Rows that cost more are stored better, and the weighted error is least with their weights."""
+    named = get_codebook("trellis", bits)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(320, 10, named.codebook.spec.vector_dim, generator=generator) * named.unit
+    weight = torch.where(torch.arange(320) % 4 == 0, 1.0, 0.05)
+
+    def row_errors(row_weight: torch.Tensor | None) -> torch.Tensor:
+        decoded = named.codebook.decode(named.encoder.encode(x, row_weight)).float()
+        return (decoded - x).square().sum((1, 2))
+
+    plain, weighted = row_errors(None), row_errors(weight)
+    assert (weight * weighted).sum() < (weight * plain).sum()
+    assert weighted[::4].sum() < plain[::4].sum()
+    assert plain.sum() < weighted.sum()
 
 
 @pytest.mark.parametrize("bits", [2.0, 2.25])

@@ -7,13 +7,13 @@ from pcdvq_quantizer.codebooks import OFFERED, NamedCodebook, get_codebook
 from rich.console import Console
 from rich.table import Table
 
-GROUPS = 500_000
+ROWS, GROUPS = 2048, 250  # of samples
 
 
 def mean_squared_error(named: NamedCodebook, seed: int = 1) -> float:
     """Error of encoding N(0, 1) weights at the codebook's unit."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(GROUPS, named.codebook.spec.vector_dim, generator=generator)
+    x = torch.randn(ROWS, GROUPS, named.codebook.spec.vector_dim, generator=generator)
     decoded = named.codebook.decode(named.encoder.encode(x * named.unit)).float() / named.unit
     return (decoded - x).square().mean().item()
 

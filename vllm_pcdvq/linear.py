@@ -74,6 +74,7 @@ class PCDVQLinearMethod(LinearMethodBase):
         """
         self.block = self.config.checkpoint.block(input_size)
         check_split(self.prefix, self.spec, self.block, input_size, input_size_per_partition)
+        check_rows(self.prefix, self.spec, output_partition_sizes, output_size)
         self.layout = Layout(self.block, self.spec).to_ints()
         self.params_dtype = params_dtype
         rows, slots = sum(output_partition_sizes), len(output_partition_sizes)
@@ -236,4 +237,36 @@ def check_split(
         f"layer {name} has {input_size} input columns in Hadamard blocks of {block}; "
         f"--tensor-parallel-size {tp_size} would cut them into shards of {shard_size}, which are "
         f"not whole blocks and whole bytes of codes. {remedy}."
+    )
+
+
+def check_rows(name: str, spec: CodebookSpec, part_sizes: list[int], output_size: int) -> None:
+    """Check that the parts of a layer on one rank start where their codes decode by themselves.
+
+    Args:
+        name: the layer, for the error.
+        spec: layout of its codes.
+        part_sizes: rows of each fused part on one rank.
+        output_size: rows of all parts on all ranks.
+
+    Raises:
+        PCDVQError: they do not; the message has a tensor-parallel size at which they would.
+    """
+    tp_size = output_size // sum(part_sizes)
+
+    def misfit(size: int) -> int | None:
+        parts = [rows * tp_size // size for rows in part_sizes]
+        # Nothing starts below the last part of an unsplit layer.
+        starts = parts if size > 1 else parts[:-1]
+        return next((rows for rows in starts if rows % spec.row_multiple), None)
+
+    rows = misfit(tp_size)
+    if rows is None:
+        return
+    smaller = [size for size in range(1, tp_size) if tp_size % size == 0 and misfit(size) is None]
+    remedy = f"Serve with --tensor-parallel-size {max(smaller)}, or q" if smaller else "Q"
+    raise PCDVQError(
+        f"layer {name} has a part of {rows} rows on each rank at --tensor-parallel-size {tp_size}; "
+        f"its codec {spec.codec} decodes multiples of {spec.row_multiple} rows by themselves. "
+        f"{remedy}uantize again with --codec signed."
     )

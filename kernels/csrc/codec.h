@@ -2,6 +2,8 @@
 // set, after its target pragma and its `Vec8` and `Vec`.
 #pragma once
 
+#include <type_traits>
+
 #include "isa.h"
 #include "numeric.h"
 #include "sign_masks.h"
@@ -12,9 +14,21 @@ namespace pcdvq {
 namespace {
 
 constexpr int64_t kPrefetchBytes = 4096;
+constexpr int kAnyStates = -1;
 
-// CODE_BITS 0: any code_bits, from the layout.
-template <int DIM, int CODE_BITS, bool SIGNS, bool PARITY>
+// Codes of a weight row and, for its states, of the row above; `keep` is 0 where a segment starts
+// and all ones elsewhere.
+struct Row {
+  const uint8_t* codes;
+  const uint8_t* above;
+  uint64_t keep;
+};
+
+inline uint64_t keep_states(int64_t row) { return row % kSegmentRows ? ~uint64_t(0) : 0; }
+
+// CODE_BITS 0: any code_bits, from the layout. STATES: state_bits of the trellis codec, whose
+// patterns then are rotations; kAnyStates: both from the layout.
+template <int DIM, int CODE_BITS, bool SIGNS, bool PARITY, int STATES = 0>
 struct Codec {
   static constexpr int kCodes = 8 / DIM;
   static constexpr int kSignBits = SIGNS ? DIM : 0;
@@ -27,7 +41,7 @@ struct Codec {
                                                        : 8;
   // Whether a table with a row per code, signs included, stays in L1.
   static constexpr bool kSignedTable =
-      DIM == 4 && SIGNS && CODE_BITS && DIM << CODE_BITS <= kTableBytes;
+      DIM == 4 && SIGNS && !STATES && CODE_BITS && DIM << CODE_BITS <= kTableBytes;
   // Largest offset in a byte of an octet's first bit.
   static constexpr int kMaxOffset = kPeriod ? 8 - 8 / kPeriod : 7;
   static_assert(kPeriod <= 1 || (kCodes == 1 && kSignBits % 8 == 0), "fields start as octets do");
@@ -36,19 +50,27 @@ struct Codec {
 
   explicit Codec(const Weights& w)
       : table(w.table),
-        code_bits_(int(w.layout.sign_bits + w.layout.pattern_bits + w.layout.magnitude_bits)) {}
+        code_bits_(int(w.layout.sign_bits + w.layout.pattern_bits + w.layout.magnitude_bits)),
+        state_bits_(int(w.layout.state_bits)),
+        rotation_bits_(int(w.layout.rotation_bits)) {}
 
   int code_bits() const { return CODE_BITS ? CODE_BITS : code_bits_; }
+  int state_bits() const { return STATES == kAnyStates ? state_bits_ : STATES; }
+  int base_bits() const { return code_bits() - kSignBits - rotation_bits(); }
   int octet_bits() const { return kCodes * code_bits(); }
 
   // Bytes that `octet` may read, from the byte of an octet's first bit on.
   int read_bytes() const {
-    return kPeriod == 1 ? kOctetBits / 8 : ((kCodes - 1) * code_bits() + kSignBits + 7) / 8 + 4;
+    const int last_field = STATES ? code_bits() - state_bits() : kSignBits;
+    const int last = last_field > kSignBits ? last_field : kSignBits;
+    return kPeriod == 1 ? kOctetBits / 8 : ((kCodes - 1) * code_bits() + last + 7) / 8 + 4;
   }
 
-  // The octet whose first bit is bit `bit` of `bytes`.
-  PCDVQ_INLINE Levels octet(const uint8_t* bytes, int64_t bit) const {
+  // The octet whose first bit is bit `bit` from byte `byte` on.
+  PCDVQ_INLINE Levels octet(const Row& row, int64_t byte, int64_t bit) const {
+    const uint8_t* bytes = row.codes + byte;
     uint64_t rows[kCodes];
+    uint64_t rotations[kCodes] = {};
     uint64_t signs = 0;
     for (int i = 0; i < kCodes; ++i) {
       const int64_t first = bit + i * code_bits();
@@ -57,15 +79,21 @@ struct Codec {
         continue;
       }
       const uint64_t code_signs = kSignBits ? field(bytes, first, i * CODE_BITS, kSignBits) : 0;
-      const uint64_t row = field(bytes, first + kSignBits, i * CODE_BITS + kSignBits,
-                                 code_bits() - kSignBits);
-      rows[i] = codeword_row(row, code_signs);
+      uint64_t fields = field(bytes, first + kSignBits, i * CODE_BITS + kSignBits,
+                              code_bits() - kSignBits);
+      if (STATES) {
+        rotations[i] = fields >> base_bits();
+        const int at = code_bits() - state_bits();
+        const uint64_t state = field(row.above + byte, first + at, i * CODE_BITS + at, state_bits());
+        fields = (fields & ((uint64_t(1) << base_bits()) - 1)) | (state << base_bits() & row.keep);
+      }
+      rows[i] = codeword_row(fields, code_signs);
       signs |= code_signs << (DIM * i);
     }
     if (DIM == 4 && CODE_BITS == 16) {  // both codes' signs at once
       signs = (load_as<uint32_t>(bytes + (bit >> 3)) & 0x000F000Fu) * 0x10010u >> 16;
     }
-    const Levels levels = load(rows);
+    const Levels levels = STATES ? load_rotated(rows, rotations) : load(rows);
     return SIGNS && !kSignedTable ? levels.negate(signs) : levels;
   }
 
@@ -94,7 +122,10 @@ struct Codec {
   }
 
  private:
-  const int code_bits_;
+  const int code_bits_, state_bits_, rotation_bits_;
+
+  static constexpr int kRotationBits = DIM == 8 ? 3 : DIM == 4 ? 2 : 1;
+  int rotation_bits() const { return STATES == kAnyStates ? rotation_bits_ : STATES ? kRotationBits : 0; }
 
   // `width` bits of `bytes` from bit `bit` on, bit `position` of their octet.
   static PCDVQ_INLINE uint64_t field(const uint8_t* bytes, int64_t bit, int position, int width) {
@@ -109,6 +140,20 @@ struct Codec {
   // [magnitude][pattern][parity] is the order of the codewords, so no field is taken apart.
   static PCDVQ_INLINE uint64_t codeword_row(uint64_t row, uint64_t signs) {
     return PARITY ? 2 * row + kSignMasks.parity[signs] : row;
+  }
+
+  // Rotations are of bytes towards the lowest.
+  PCDVQ_INLINE Levels load_rotated(const uint64_t* rows, const uint64_t* rotations) const {
+    using Word = std::conditional_t<DIM == 8, uint64_t,
+                                    std::conditional_t<DIM == 4, uint32_t, uint16_t>>;
+    uint64_t octet = 0;
+    for (int i = 0; i < kCodes; ++i) {
+      const Word word = load_as<Word>(table + rows[i] * DIM);
+      const uint64_t shift = 8 * rotations[i];
+      const Word rotated = Word(word >> shift | uint64_t(word) << (-shift & (8 * DIM - 1)));
+      octet |= uint64_t(rotated) << (8 * DIM * i);
+    }
+    return Levels::load8(reinterpret_cast<const int8_t*>(&octet));
   }
 
   PCDVQ_INLINE Levels load(const uint64_t* rows) const {
@@ -147,6 +192,12 @@ struct RowSplit {
   }
 };
 
+inline Row weight_row(const Weights& w, int64_t row) {
+  const uint8_t* codes = w.qweight + row * w.row_bytes;
+  const uint64_t keep = keep_states(row);
+  return {codes, keep ? codes - w.row_bytes : codes, keep};
+}
+
 // Calls step(octet index, bytes, bit) for `count` octets; `bytes` and `bit` are such that bit
 // offsets become constants where the codec's period allows it. `bit` must be below 8.
 template <class C, int STEP, class F>
@@ -171,28 +222,31 @@ void decode(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t 
   const RowSplit split(codec, w.row_bytes, first, count);
   const int64_t bit = first * codec.octet_bits();
   for (int64_t r = 0; r < rows; ++r) {
-    const uint8_t* bytes = w.qweight + (row + r) * w.row_bytes;
-    const auto run = [&](const uint8_t* base, int64_t base_bit, int64_t octets, float* out)
+    const Row whole = weight_row(w, row + r);
+    const auto run = [&](const Row& codes, int64_t base_bit, int64_t octets, float* out)
                          __attribute__((always_inline)) {
       for_octets<C, 1>(codec, base_bit, octets, [&](int64_t i, int64_t byte, int64_t offset)
                                                     __attribute__((always_inline)) {
-        Vec8::convert(codec.octet(base + byte, offset)).store(out + 8 * i);
+        Vec8::convert(codec.octet(codes, byte, offset)).store(out + 8 * i);
       });
     };
     float* out = panel + r * kPanelColumns;
-    run(bytes + (bit >> 3), bit & 7, split.safe, out);
+    run({whole.codes + (bit >> 3), whole.above + (bit >> 3), whole.keep}, bit & 7, split.safe, out);
     if (split.safe < count) {
-      uint8_t tail[RowSplit::kTailBytes];
-      split.copy_tail(bytes, w.row_bytes, tail);
-      run(tail, split.tail_bit, count - split.safe, out + 8 * split.safe);
+      uint8_t tails[2][RowSplit::kTailBytes];
+      split.copy_tail(whole.above, w.row_bytes, tails[0]);
+      split.copy_tail(whole.codes, w.row_bytes, tails[1]);
+      run({tails[1], tails[0], whole.keep}, split.tail_bit, count - split.safe,
+          out + 8 * split.safe);
     }
   }
 }
 
-// Dot products of ROWS weight rows at `bytes` with X_ROWS activation rows, octets in registers.
+// Dot products of ROWS weight rows of a segment with X_ROWS activation rows, octets in registers.
+// bytes[r + 1] are the codes of row r, bytes[0] of the row above; `keep` is for row 0.
 template <class C, int ROWS, int X_ROWS>
-PCDVQ_INLINE void fused_run(const C& codec, const uint8_t* const* bytes, int64_t bit,
-                            int64_t count, const float* x, int64_t x_stride,
+PCDVQ_INLINE void fused_run(const C& codec, const uint8_t* const* bytes, uint64_t keep,
+                            int64_t bit, int64_t count, const float* x, int64_t x_stride,
                             Vec (&sum)[ROWS][X_ROWS]) {
   constexpr int kStep = Vec::kLanes / 8;
   for_octets<C, kStep>(codec, bit, count, [&](int64_t i, int64_t byte, int64_t offset)
@@ -200,7 +254,8 @@ PCDVQ_INLINE void fused_run(const C& codec, const uint8_t* const* bytes, int64_t
     Vec a[X_ROWS];
     for (int m = 0; m < X_ROWS; ++m) a[m] = Vec::load(x + m * x_stride + 8 * i);
     for (int r = 0; r < ROWS; ++r) {
-      const Vec b = decode_vec(codec, bytes[r] + byte, offset);
+      const Row row = {bytes[r + 1], bytes[r], r ? ~uint64_t(0) : keep};
+      const Vec b = decode_vec(codec, row, byte, offset);
       for (int m = 0; m < X_ROWS; ++m) sum[r][m] = fma(a[m], b, sum[r][m]);
     }
   });
@@ -218,22 +273,23 @@ void fused_rows(const Weights& w, int64_t row, const float* x, int64_t x_stride,
                 float* out, int64_t out_stride) {
   const C codec(w);
   const RowSplit split(codec, w.row_bytes, 0, octets);
-  uint8_t tails[ROWS][RowSplit::kTailBytes];
-  const uint8_t* bytes[ROWS];
+  const Row top = weight_row(w, row);
+  uint8_t tails[ROWS + 1][RowSplit::kTailBytes];
+  const uint8_t* bytes[ROWS + 1] = {top.above};
   Vec sum[ROWS][X_ROWS];
   for (int r = 0; r < ROWS; ++r) {
-    bytes[r] = w.qweight + (row + r) * w.row_bytes;
+    bytes[r + 1] = top.codes + r * w.row_bytes;
     for (int m = 0; m < X_ROWS; ++m) sum[r][m] = Vec::broadcast(0.0f);
   }
-  prefetch_rows(bytes[0] + ROWS * w.row_bytes, ROWS * w.row_bytes);
-  fused_run(codec, bytes, 0, split.safe, x, x_stride, sum);
+  prefetch_rows(top.codes + ROWS * w.row_bytes, ROWS * w.row_bytes);
+  fused_run(codec, bytes, top.keep, 0, split.safe, x, x_stride, sum);
   if (split.safe < octets) {
-    for (int r = 0; r < ROWS; ++r) {
+    for (int r = 0; r <= ROWS; ++r) {
       split.copy_tail(bytes[r], w.row_bytes, tails[r]);
       bytes[r] = tails[r];
     }
-    fused_run(codec, bytes, split.tail_bit, octets - split.safe, x + 8 * split.safe, x_stride,
-              sum);
+    fused_run(codec, bytes, top.keep, split.tail_bit, octets - split.safe, x + 8 * split.safe,
+              x_stride, sum);
   }
   for (int r = 0; r < ROWS; ++r) {
     for (int m = 0; m < X_ROWS; ++m) {
@@ -247,6 +303,7 @@ void fused_rows(const Weights& w, int64_t row, const float* x, int64_t x_stride,
 template <class C>
 void fused(const Weights& w, int64_t row, int64_t rows, const float* x, int64_t x_stride,
            int64_t x_rows, int64_t octets, float* out) {
+  static_assert(kSegmentRows % 4 == 0 && kPanelRows % 4 == 0, "four rows share a segment");
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
     const auto run = x_rows == 1 ? fused_rows<C, 4, 1> : fused_rows<C, 4, 2>;
@@ -265,17 +322,22 @@ constexpr Decoder make_decoder() {
 
 template <int DIM>
 Decoder generic_decoder(const PcdvqLayout& layout) {
+  if (layout.state_bits) {
+    return layout.parity ? make_decoder<Codec<DIM, 0, true, true, kAnyStates>>()
+                         : make_decoder<Codec<DIM, 0, true, false, kAnyStates>>();
+  }
   if (layout.parity) return make_decoder<Codec<DIM, 0, true, true>>();
   return layout.sign_bits ? make_decoder<Codec<DIM, 0, true, false>>()
                           : make_decoder<Codec<DIM, 0, false, false>>();
 }
 
-template <int DIM, int CODE_BITS, bool SIGNS, bool PARITY>
+template <int DIM, int CODE_BITS, bool SIGNS, bool PARITY, int STATES = 0>
 bool match(const PcdvqLayout& layout, Decoder* decoder) {
-  const bool same = layout.vector_dim == DIM && (layout.sign_bits > 0) == SIGNS &&
+  const bool same = layout.vector_dim == DIM && layout.state_bits == STATES &&
+                    (STATES ? int64_t(1) << layout.rotation_bits == DIM : !layout.rotation_bits) && (layout.sign_bits > 0) == SIGNS &&
                     (layout.parity > 0) == PARITY &&
                     layout.sign_bits + layout.pattern_bits + layout.magnitude_bits == CODE_BITS;
-  if (same) *decoder = make_decoder<Codec<DIM, CODE_BITS, SIGNS, PARITY>>();
+  if (same) *decoder = make_decoder<Codec<DIM, CODE_BITS, SIGNS, PARITY, STATES>>();
   return same;
 }
 
@@ -286,7 +348,11 @@ Decoder find_decoder(const PcdvqLayout& layout) {
   match<8, 16, true, true>(layout, &decoder) || match<8, 18, true, true>(layout, &decoder) ||
       match<8, 16, false, false>(layout, &decoder) ||
       match<8, 18, false, false>(layout, &decoder) ||
-      match<4, 12, true, true>(layout, &decoder) || match<4, 16, true, false>(layout, &decoder);
+      match<4, 12, true, true>(layout, &decoder) || match<4, 16, true, false>(layout, &decoder) ||
+      match<8, 16, true, true, 3>(layout, &decoder) ||
+      match<8, 18, true, true, 3>(layout, &decoder) ||
+      match<4, 12, true, true, 3>(layout, &decoder) ||
+      match<4, 16, true, false, 2>(layout, &decoder);
   return decoder;
 }
 

@@ -10,6 +10,10 @@ namespace pcdvq {
 constexpr int64_t kPanelColumns = 256;
 constexpr int64_t kPanelRows = 24;
 
+// Rows of a segment of the trellis codec, and its largest number of states (FORMAT.md).
+constexpr int64_t kSegmentRows = 16;
+constexpr int64_t kMaxStates = 16;
+
 struct Weights {
   const uint8_t* qweight;  // [n, row_bytes]
   const int8_t* table;     // what Decoder::expand made, or the codewords
@@ -60,6 +64,10 @@ struct Kernels {
 
   // Nearest codewords of groups [first, first + groups), at most kNearestGroups of them.
   void (*nearest)(const PcdvqNearest& problem, int64_t first, int64_t groups);
+
+  // Trellis codes of chains [first, first + count), at most 4 * lanes of them. Chain i is column
+  // group i % groups of segment i / groups.
+  void (*trellis)(const PcdvqTrellis& problem, int64_t first, int64_t count);
 };
 
 constexpr int64_t kNearestGroups = 256;

@@ -15,9 +15,9 @@ namespace {
 
 using Vec = Vec8;
 
-template <class C>
-inline Vec decode_vec(const C& codec, const uint8_t* bytes, int64_t bit) {
-  return Vec::convert(codec.octet(bytes, bit));
+template <class C, class R>
+inline Vec decode_vec(const C& codec, const R& row, int64_t byte, int64_t bit) {
+  return Vec::convert(codec.octet(row, byte, bit));
 }
 
 struct Index {
@@ -38,11 +38,7 @@ inline void take_greater(Vec score, int32_t c, Vec& best, Index& index) {
 }  // namespace
 }  // namespace pcdvq
 
-#include "codec.h"
-#include "rotate.h"
-#include "tile.h"
-
-#include "nearest.h"
+#include "kernels.h"
 
 namespace pcdvq {
 const Kernels* avx2_kernels() { return &kKernels; }

@@ -25,10 +25,10 @@ struct Vec {
 };
 
 // Two octets.
-template <class C>
-inline Vec decode_vec(const C& codec, const uint8_t* bytes, int64_t bit) {
-  const __m128i low = codec.octet(bytes, bit).v;
-  const __m128i high = codec.octet(bytes, bit + codec.octet_bits()).v;
+template <class C, class R>
+inline Vec decode_vec(const C& codec, const R& row, int64_t byte, int64_t bit) {
+  const __m128i low = codec.octet(row, byte, bit).v;
+  const __m128i high = codec.octet(row, byte, bit + codec.octet_bits()).v;
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_unpacklo_epi64(low, high)))};
 }
 
@@ -50,11 +50,7 @@ inline void take_greater(Vec score, int32_t c, Vec& best, Index& index) {
 }  // namespace
 }  // namespace pcdvq
 
-#include "codec.h"
-#include "rotate.h"
-#include "tile.h"
-
-#include "nearest.h"
+#include "kernels.h"
 
 namespace pcdvq {
 const Kernels* avx512_kernels() { return &kKernels; }

@@ -86,9 +86,9 @@ inline Vec8 fma(Vec8 a, Vec8 b, Vec8 c) { return a * b + c; }
 
 using Vec = Vec8;
 
-template <class C>
-inline Vec decode_vec(const C& codec, const uint8_t* bytes, int64_t bit) {
-  return Vec::convert(codec.octet(bytes, bit));
+template <class C, class R>
+inline Vec decode_vec(const C& codec, const R& row, int64_t byte, int64_t bit) {
+  return Vec::convert(codec.octet(row, byte, bit));
 }
 
 struct Index {
@@ -113,11 +113,7 @@ inline void take_greater(Vec score, int32_t c, Vec& best, Index& index) {
 }  // namespace
 }  // namespace pcdvq
 
-#include "codec.h"
-#include "rotate.h"
-#include "tile.h"
-
-#include "nearest.h"
+#include "kernels.h"
 
 namespace pcdvq {
 const Kernels* scalar_kernels() { return &kKernels; }

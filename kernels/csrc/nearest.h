@@ -61,7 +61,5 @@ void nearest(const PcdvqNearest& p, int64_t first, int64_t groups) {
   if (p.dim == 2) nearest_block<2>(p, first, groups);
 }
 
-const Kernels kKernels = {Vec::kLanes, find_decoder, rotate, accumulate, reduce, nearest};
-
 }  // namespace
 }  // namespace pcdvq

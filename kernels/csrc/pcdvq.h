@@ -26,6 +26,8 @@ struct PcdvqLayout {
   int64_t parity;
   int64_t pattern_bits;
   int64_t magnitude_bits;
+  int64_t rotation_bits;
+  int64_t state_bits;
 };
 
 struct PcdvqLinear {
@@ -50,6 +52,16 @@ struct PcdvqNearest {
   int32_t dim, threads, isa;  // dim: 2, 4 or 8
 };
 
+struct PcdvqTrellis {
+  const float* x;           // [rows, groups, dim]
+  const float* row_weight;  // [rows]
+  const float* codewords;   // [2^(state_bits + field_bits + parity), dim]
+  const float* bias;        // [2^(state_bits + field_bits + parity)], half of |codeword|^2
+  int32_t* out;             // [rows, groups]
+  int64_t rows, groups;
+  int32_t dim, parity, field_bits, state_bits, threads, isa;  // dim: 2, 4 or 8
+};
+
 // The best PcdvqIsa of this CPU.
 PCDVQ_API int32_t pcdvq_best_isa();
 
@@ -58,4 +70,7 @@ PCDVQ_API int32_t pcdvq_linear(const PcdvqLinear* problem);
 
 // out[i] = argmax over c of x[i] . codewords[c] - bias[c], the lowest c of equals.
 PCDVQ_API int32_t pcdvq_nearest(const PcdvqNearest* problem);
+
+// Codes of the trellis codec that minimise the weighted squared error of each segment's paths.
+PCDVQ_API int32_t pcdvq_trellis(const PcdvqTrellis* problem);
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from pcdvq_kernels.errors import PCDVQError
 
 MAX_CODE_BITS = 24
+MAX_STATE_BITS = 4
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,6 +25,8 @@ class LayoutFields(NamedTuple):
     parity: int
     pattern_bits: int
     magnitude_bits: int
+    rotation_bits: int
+    state_bits: int
 
     @property
     def code_bits(self) -> int:
@@ -31,7 +34,8 @@ class LayoutFields(NamedTuple):
 
     @property
     def codeword_count(self) -> int:
-        return 1 << (self.pattern_bits + self.parity + self.magnitude_bits)
+        fields = self.state_bits + self.pattern_bits - self.rotation_bits + self.magnitude_bits
+        return 1 << (fields + self.parity)
 
 
 class LinearShape(NamedTuple):
@@ -59,6 +63,13 @@ def _linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
         "pattern_bits must be in [1, 16]": not 1 <= fields.pattern_bits <= 16,
         "magnitude_bits must be in [0, 4]": not 0 <= fields.magnitude_bits <= 4,
         f"code bits must be at most {MAX_CODE_BITS}": fields.code_bits > MAX_CODE_BITS,
+        "rotation_bits must be 0 or those of vector_dim": fields.rotation_bits != 0
+        and 1 << fields.rotation_bits != fields.vector_dim,
+        "state_bits must be in [0, 4]": not 0 <= fields.state_bits <= MAX_STATE_BITS,
+        "rotation and state bits must be pattern bits beside signs, without magnitude bits": max(
+            fields.rotation_bits, fields.state_bits
+        )
+        > (0 if fields.magnitude_bits or not fields.sign_bits else fields.pattern_bits),
         "hadamard_block must be a power of two": block < 1 or block & (block - 1),
         "K must be a positive multiple of 8": in_features < 8 or in_features % 8,
     }
@@ -132,3 +143,33 @@ def check_nearest(x: Tensor, codewords: Tensor, bias: Tensor) -> None:
             raise PCDVQError(
                 f"{name} is {_describe(tensor)}; expected {x.dtype} {list(shape)} on {x.device}"
             )
+
+
+def check_trellis(
+    x: Tensor, row_weight: Tensor, codewords: Tensor, parity: bool, state_bits: int
+) -> int:
+    """Raise PCDVQError unless the arguments of `trellis_codes` fit together.
+
+    Returns:
+        Bits of the fields beside the signs.
+    """
+    if x.dtype != torch.float32 or x.dim() != 3 or x.shape[2] not in (2, 4, 8):
+        raise PCDVQError(f"x is {_describe(x)}; expected fp32 [N, G, dim] with dim 2, 4 or 8")
+    if not 1 <= state_bits <= MAX_STATE_BITS:
+        raise PCDVQError(f"state_bits is {state_bits}; expected 1 to {MAX_STATE_BITS}")
+    count = codewords.shape[0] if codewords.dim() else 0
+    field_bits = count.bit_length() - 1 - state_bits - parity
+    if count != 1 << max(0, field_bits + state_bits + parity) or field_bits < state_bits:
+        raise PCDVQError(
+            f"codewords is {_describe(codewords)}; expected a power of two of them, at least "
+            f"{1 << (2 * state_bits + parity)}"
+        )
+    for name, tensor, shape in (
+        ("row_weight", row_weight, x.shape[:1]),
+        ("codewords", codewords, (count, x.shape[2])),
+    ):
+        if tensor.dtype != x.dtype or tensor.shape != shape or tensor.device != x.device:
+            raise PCDVQError(
+                f"{name} is {_describe(tensor)}; expected {x.dtype} {list(shape)} on {x.device}"
+            )
+    return field_bits

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.config import SEGMENT_ROWS, CodebookSpec
 from pcdvq_kernels.errors import CheckpointError
 
 MAX_LEVEL = 127
@@ -59,9 +59,11 @@ class Codebook:
         return self._levels().flatten(0, 1).to(torch.int8)
 
     def codeword_index(self, codes: Tensor) -> Tensor:
-        """Rows of `codewords()` that `codes` (int64, any shape) select."""
+        """Rows of `codewords()` that `codes` (int64, as in `decode`) select."""
         spec = self.spec
-        row = (codes >> spec.sign_bits) & ((1 << spec.pattern_bits) - 1)
+        row = (codes >> spec.sign_bits) & ((1 << spec.base_bits) - 1)
+        if spec.state_bits:
+            row |= code_states(codes, spec.code_bits, spec.state_bits) << spec.base_bits
         if spec.parity:
             row = 2 * row + _sign_matrix(codes, spec.vector_dim).sum(-1) % 2
         magnitude = (codes >> (spec.sign_bits + spec.pattern_bits)) & (
@@ -70,12 +72,56 @@ class Codebook:
         return magnitude * spec.rows + row
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Levels of `codes` (int64 [...]): int8 [..., vector_dim]."""
+        """Levels of codes.
+
+        Args:
+            codes: int64, [N, groups], row 0 the first of a segment, if the codec has states; of any
+                shape otherwise.
+
+        Returns:
+            int8 [*codes.shape, vector_dim].
+        """
+        spec = self.spec
         levels = self.codewords()[self.codeword_index(codes)]
-        if self.spec.signs:
-            negative = _sign_matrix(codes, self.spec.vector_dim).bool()
+        if spec.rotation_bits:
+            rotation = codes >> (spec.sign_bits + spec.base_bits)
+            levels = levels.gather(-1, rotated_coordinates(rotation, spec.vector_dim))
+        if spec.signs:
+            negative = _sign_matrix(codes, spec.vector_dim).bool()
             levels = torch.where(negative, -levels, levels)
         return levels
+
+
+def expand_patterns(codewords: Tensor, spec: CodebookSpec) -> Tensor:
+    """Codewords of every pattern in every state, rotations included.
+
+    Args:
+        codewords: [2 ** magnitude_bits * spec.rows, vector_dim], as `Codebook.codewords()`.
+        spec: layout of the codes.
+
+    Returns:
+        [2 ** state_bits, 2 ** (pattern_bits + magnitude_bits), 1 + parity, vector_dim].
+    """
+    g = spec.vector_dim
+    rows = codewords.view(1 << spec.state_bits, -1, 1 + spec.parity, g)
+    if not spec.rotation_bits:
+        return rows
+    source = rotated_coordinates(torch.arange(g, device=codewords.device), g)
+    # [state, base, parity, rotation, g] to [state, rotation, base, parity, g]
+    return rows[..., source].permute(0, 3, 1, 2, 4).flatten(1, 2)
+
+
+def rotated_coordinates(rotation: Tensor, vector_dim: int) -> Tensor:
+    """Source of each coordinate of a rotated row: int64 [..., vector_dim] from rotations [...]."""
+    return (rotation.unsqueeze(-1) + torch.arange(vector_dim, device=rotation.device)) % vector_dim
+
+
+def code_states(codes: Tensor, code_bits: int, state_bits: int) -> Tensor:
+    """States of codes [N, groups]: the top bits of the code above, 0 where a segment starts."""
+    states = torch.zeros_like(codes)
+    states[1:] = codes[:-1] >> (code_bits - state_bits)
+    states[::SEGMENT_ROWS] = 0
+    return states
 
 
 def _sign_matrix(codes: Tensor, vector_dim: int) -> Tensor:

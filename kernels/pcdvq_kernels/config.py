@@ -10,6 +10,8 @@ from pcdvq_kernels.errors import CheckpointError
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "pcdvq"
+# Rows of a weight that a trellis chain runs through before it starts over (FORMAT.md).
+SEGMENT_ROWS = 16
 
 
 class CodebookSpec(BaseModel):
@@ -17,13 +19,15 @@ class CodebookSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    codec: Literal["signed", "e8"]
+    codec: Literal["signed", "e8", "trellis"]
     vector_dim: Literal[2, 4, 8]
     signs: bool
     parity: bool
     pattern_bits: int = Field(ge=1, le=16)
     magnitude_bits: int = Field(ge=0, le=4)
     shift: int = Field(ge=0, le=7)
+    rotation_bits: int = Field(default=0, ge=0, le=3)
+    state_bits: int = Field(default=0, ge=0, le=4)
 
     @model_validator(mode="after")
     def _check(self) -> CodebookSpec:
@@ -31,6 +35,16 @@ class CodebookSpec(BaseModel):
             raise ValueError("parity needs signs: it is the parity of the sign bits")
         if self.code_bits > 24:
             raise ValueError(f"a code of {self.code_bits} bits is over the limit of 24")
+        if (self.codec == "trellis") != (self.state_bits > 0):
+            raise ValueError(f"codec {self.codec} with {self.state_bits} state_bits")
+        if self.rotation_bits and 1 << self.rotation_bits != self.vector_dim:
+            raise ValueError(f"{self.rotation_bits} rotation_bits do not rotate {self.vector_dim}")
+        if (self.rotation_bits or self.state_bits) and not (self.signs and not self.magnitude_bits):
+            raise ValueError("states and rotations need signs and no magnitude bits")
+        if self.pattern_bits < max(self.rotation_bits, self.state_bits):
+            raise ValueError("states and rotations are bits of the pattern")
+        if self.state_bits + self.pattern_bits - self.rotation_bits > 16:
+            raise ValueError("the direction table is over the limit of 2^17 rows")
         return self
 
     @property
@@ -50,7 +64,17 @@ class CodebookSpec(BaseModel):
     @property
     def rows(self) -> int:
         """Rows of the direction table."""
-        return 1 << (self.pattern_bits + self.parity)
+        return 1 << (self.state_bits + self.base_bits + self.parity)
+
+    @property
+    def base_bits(self) -> int:
+        """Bits of the pattern that select a row of the direction table."""
+        return self.pattern_bits - self.rotation_bits
+
+    @property
+    def row_multiple(self) -> int:
+        """What the first row of a part of a weight must be a multiple of to decode by itself."""
+        return SEGMENT_ROWS if self.state_bits else 1
 
     def row_bytes(self, in_features: int) -> int:
         """Bytes of one row of `qweight`."""

@@ -12,7 +12,12 @@ from typing import NoReturn
 import torch  # loads the OpenMP runtime that the library must share
 from torch import Tensor
 
-from pcdvq_kernels.arguments import ACTIVATION_DTYPES, check_linear, check_nearest
+from pcdvq_kernels.arguments import (
+    ACTIVATION_DTYPES,
+    check_linear,
+    check_nearest,
+    check_trellis,
+)
 from pcdvq_kernels.errors import PCDVQError
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -23,7 +28,7 @@ _NO_MEMORY = 1
 
 
 # PcdvqLinear of kernels/csrc/pcdvq.h. Packing takes a third of what a ctypes.Structure takes.
-_LINEAR = struct.Struct("7P10q4i")
+_LINEAR = struct.Struct("7P12q4i")
 
 
 class _Nearest(ctypes.Structure):
@@ -36,6 +41,17 @@ class _Nearest(ctypes.Structure):
     )
 
 
+class _Trellis(ctypes.Structure):
+    """PcdvqTrellis of kernels/csrc/pcdvq.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "row_weight", "codewords", "bias", "out")),
+        *((name, ctypes.c_int64) for name in ("rows", "groups")),
+        *((name, ctypes.c_int32) for name in ("dim", "parity", "field_bits", "state_bits")),
+        *((name, ctypes.c_int32) for name in ("threads", "isa")),
+    )
+
+
 @cache
 def _library() -> ctypes.CDLL | str:
     """The library, or why it cannot be loaded."""
@@ -45,6 +61,7 @@ def _library() -> ctypes.CDLL | str:
         return str(error)
     library.pcdvq_linear.argtypes = (ctypes.c_char_p,)
     library.pcdvq_nearest.argtypes = (ctypes.POINTER(_Nearest),)
+    library.pcdvq_trellis.argtypes = (ctypes.POINTER(_Trellis),)
     return library
 
 
@@ -186,4 +203,42 @@ def nearest(x: Tensor, codewords: Tensor, bias: Tensor, *, isa: str = "auto") ->
     )
     if status:
         _raise_status(status, "nearest codeword")
+    return out
+
+
+def trellis(
+    x: Tensor,
+    row_weight: Tensor,
+    codewords: Tensor,
+    parity: bool,
+    state_bits: int,
+    *,
+    isa: str = "auto",
+) -> Tensor:
+    """`trellis_codes` on the CPU; `isa` is "auto" or one of `isas()`."""
+    library = _loaded()
+    field_bits = check_trellis(x, row_weight, codewords, parity, state_bits)
+    _check_device(x)
+    x, row_weight, codewords = x.contiguous(), row_weight.contiguous(), codewords.contiguous()
+    bias = codewords.square().sum(1) / 2
+    out = torch.empty(x.shape[:2], dtype=torch.int32)
+    status = library.pcdvq_trellis(
+        _Trellis(
+            x.data_ptr(),
+            row_weight.data_ptr(),
+            codewords.data_ptr(),
+            bias.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            x.shape[2],
+            parity,
+            field_bits,
+            state_bits,
+            torch.get_num_threads(),
+            _isa_number(isa),
+        )
+    )
+    if status:
+        _raise_status(status, "trellis search")
     return out

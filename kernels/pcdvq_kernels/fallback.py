@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from pcdvq_kernels import cpu
-from pcdvq_kernels.arguments import LayoutFields, check_linear, check_nearest
+from pcdvq_kernels.arguments import LayoutFields, check_linear, check_nearest, check_trellis
+from pcdvq_kernels.codebook import code_states, rotated_coordinates
+from pcdvq_kernels.config import SEGMENT_ROWS
 from pcdvq_kernels.packing import unpack_codes
 from pcdvq_kernels.reference import rotate_activations
 
@@ -34,7 +36,7 @@ def linear(
     in_features, out_features = x.shape[-1], qweight.shape[0]
     rotated = rotate_activations(x, signs_in, fields.hadamard_block).reshape(-1, in_features)
     y = x.new_empty(rotated.shape[0], out_features)
-    chunk = max(1, CHUNK_WEIGHTS // in_features)
+    chunk = -(-CHUNK_WEIGHTS // in_features // SEGMENT_ROWS) * SEGMENT_ROWS
     for first in range(0, out_features, chunk):
         rows = slice(first, first + chunk)
         levels = decode_levels(qweight[rows], codewords, fields, in_features)
@@ -46,13 +48,21 @@ def linear(
 def decode_levels(
     qweight: Tensor, codewords: Tensor, layout: LayoutFields, in_features: int
 ) -> Tensor:
-    """Levels of some weight rows: uint8 [rows, row_bytes] to fp32 [rows, K]."""
+    """Levels of whole segments of weight rows: uint8 [rows, row_bytes] to fp32 [rows, K]."""
     codes = unpack_codes(qweight, layout.code_bits, in_features // layout.vector_dim)
     row = codes >> layout.sign_bits
     bits = (codes.unsqueeze(-1) >> torch.arange(layout.vector_dim, device=codes.device)) & 1
+    base_bits = layout.pattern_bits - layout.rotation_bits
+    if layout.rotation_bits:
+        source = rotated_coordinates(row >> base_bits, layout.vector_dim)
+        row &= (1 << base_bits) - 1
+    if layout.state_bits:
+        row |= code_states(codes, layout.code_bits, layout.state_bits) << base_bits
     if layout.parity:
         row = 2 * row + bits.sum(-1) % 2
     levels = codewords[row].float()
+    if layout.rotation_bits:
+        levels = levels.gather(-1, source)
     if layout.sign_bits:
         levels *= 1 - 2 * bits
     return levels.flatten(1)
@@ -69,6 +79,61 @@ def nearest(x: Tensor, codewords: Tensor, bias: Tensor) -> Tensor:
         equal = scores == scores.amax(1, keepdim=True)
         out[first : first + chunk] = equal.to(torch.int8).argmax(1)
     return out
+
+
+def trellis(
+    x: Tensor, row_weight: Tensor, codewords: Tensor, parity: bool, state_bits: int
+) -> Tensor:
+    """`trellis_codes` in torch, a segment at a time."""
+    check_trellis(x, row_weight, codewords, parity, state_bits)
+    table = codewords.view(1 << state_bits, -1, 1 + parity, x.shape[2])
+    out = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
+    for first in range(0, len(x), SEGMENT_ROWS):
+        rows = slice(first, first + SEGMENT_ROWS)
+        out[rows] = _segment_codes(x[rows], row_weight[rows], table)
+    return out
+
+
+def _segment_codes(x: Tensor, row_weight: Tensor, table: Tensor) -> Tensor:
+    """Viterbi search in one segment x [rows, G, dim]; table is [state, field, parity, dim]."""
+    states, fields, parities, dim = table.shape
+    signs, y = _fold(x, parities)  # [P, rows, G], [P, rows, G, dim]
+    cost = x.new_full((states, x.shape[1]), torch.inf)
+    cost[0] = 0
+    choices = fields // states * parities  # that lead from one state to another
+    steps = []
+    for row, weight in enumerate(row_weight):
+        product = torch.einsum("pgd,sfpd->sgfp", y[:, row], table)
+        error = weight * (table.square().sum(-1).unsqueeze(1) - 2 * product)
+        error, choice = error.view(states, -1, states, choices).min(-1)  # [state, G, state below]
+        total, before = (cost.unsqueeze(-1) + error).min(0)  # [G, state below]
+        index = torch.arange(states, device=x.device) * choices
+        index = index + choice.gather(0, before.unsqueeze(0))[0]
+        code = signs[:, row].T.gather(1, index % parities) | index // parities << dim
+        steps.append((before, code))
+        cost = total.T
+    state = cost.argmin(0).unsqueeze(1)  # [G, 1]
+    codes = []
+    for before, code in reversed(steps):
+        codes.append(code.gather(1, state)[:, 0])
+        state = before.gather(1, state)
+    return torch.stack(codes[::-1]).to(torch.int32)
+
+
+def _fold(x: Tensor, parities: int) -> tuple[Tensor, Tensor]:
+    """Sign bits int64 [P, ...] and magnitudes [P, ..., dim] of x [..., dim], by parity of signs."""
+    y, bits = x.abs(), 1 << torch.arange(x.shape[-1], device=x.device)
+    signs = ((x < 0) * bits).sum(-1)
+    if parities == 1:
+        return signs.unsqueeze(0), y.unsqueeze(0)
+    smallest = y.argmin(-1, keepdim=True)
+    flipped = y.scatter(-1, smallest, -y.gather(-1, smallest))
+    odd = (x < 0).sum(-1) % 2
+    matches = torch.stack([odd == parity for parity in range(2)])  # [P, ...]
+    return (
+        torch.where(matches, signs, signs ^ bits[smallest[..., 0]]),
+        torch.where(matches.unsqueeze(-1), y, flipped),
+    )
 
 
 @cache

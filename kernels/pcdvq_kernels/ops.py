@@ -6,7 +6,7 @@
     qweight    uint8 [N, row_bytes], the checkpoint's codes
     row_scale  fp32 [N]
     signs_in   uint8 [K / 8]
-    codewords  int8 [2 ** magnitude_bits * rows, vector_dim], `Codebook.codewords()`
+    codewords  int8 [2 ** magnitude_bits * spec.rows, vector_dim], `Codebook.codewords()`
     bias       any float dtype [N], or None
     layout     `Layout(...).to_ints()`
     returns    x.dtype [..., N]
@@ -49,6 +49,8 @@ class Layout:
             int(spec.parity),
             spec.pattern_bits,
             spec.magnitude_bits,
+            spec.rotation_bits,
+            spec.state_bits,
         ]
 
 

@@ -24,6 +24,7 @@ console = Console()
 
 class Codec(StrEnum):
     signed = "signed"
+    trellis = "trellis"
     e8 = "e8"
 
 
@@ -47,7 +48,11 @@ def quantize(
         ),
     ] = 4.0,
     codec: Annotated[
-        Codec, typer.Option(help="signed: fast default; e8: the paper's codebook (2 and 2.25).")
+        Codec,
+        typer.Option(
+            help="signed: fast default; trellis: smaller error, slower; "
+            "e8: the paper's codebook (2 and 2.25)."
+        ),
     ] = Codec.signed,
     max_tp: Annotated[
         int, typer.Option(help="Largest tensor-parallel size to allow where sizes permit.")

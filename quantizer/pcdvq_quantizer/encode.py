@@ -1,26 +1,32 @@
-"""Nearest codes of groups of rotated weights."""
+"""Codes of groups of rotated weights."""
 
 from __future__ import annotations
 
 import torch
-from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.codebook import Codebook, expand_patterns
 from pcdvq_kernels.nearest import nearest_codeword
+from pcdvq_kernels.trellis import trellis_codes
 from torch import Tensor
 
 
 class Encoder:
     """Encodes groups with one codebook.
 
-    A direction is chosen by its angle to the group and a magnitude by the group's length, as in the
-    paper (arXiv 2506.05432, section 3.2) for codec `e8`. For `signed`, whose patterns have lengths
-    of their own, the pair nearest to the group in Euclidean distance is chosen.
+    For `trellis` the codes of a column group in a segment are searched together. In the other
+    codecs a group is encoded by itself: by a direction chosen by its angle to the group and a
+    magnitude by the group's length, as in the paper (arXiv 2506.05432, section 3.2), for `e8`; by
+    the pair nearest to the group in Euclidean distance for `signed`, whose patterns have lengths of
+    their own.
     """
 
     def __init__(self, codebook: Codebook) -> None:
         self.codebook = codebook
         spec = codebook.spec
         self._signs = 1 << torch.arange(spec.vector_dim)  # [g]
-        if spec.signs:
+        if spec.state_bits:
+            patterns = expand_patterns(codebook.codewords(), spec)
+            self._patterns = patterns.float().reshape(-1, spec.vector_dim)
+        elif spec.signs:
             codewords = codebook.codewords().float()
             stride = 2 if spec.parity else 1
             # One sub-table per parity of the sign bits: rows 2 * pattern + parity.
@@ -29,16 +35,24 @@ class Encoder:
             self._directions = _Table.angular(codebook.directions.float())
             self._lengths = _direction_lengths(codebook)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, row_weight: Tensor | None = None) -> Tensor:
         """Codes of `x`.
 
         Args:
-            x: fp32 [G, g], rotated weights in units of their row scale (levels).
+            x: fp32 [N, G, g], any G column groups of rotated weights in units of their row scale
+                (levels). Row 0 is row 0 of the layer, or starts a segment (`spec.row_multiple`).
+            row_weight: fp32 [N], what a squared error in each row costs; None: all the same. Only
+                codecs with states weigh rows against each other.
 
         Returns:
-            int64 [G], each in [0, 2 ** code_bits).
+            int64 [N, G], each in [0, 2 ** code_bits).
         """
-        return self._encode_signed(x) if self.codebook.spec.signs else self._encode_table(x)
+        spec = self.codebook.spec
+        if spec.state_bits:
+            weight = torch.ones(len(x)) if row_weight is None else row_weight
+            return trellis_codes(x, weight, self._patterns, spec.parity, spec.state_bits).long()
+        encode = self._encode_signed if spec.signs else self._encode_table
+        return encode(x.reshape(-1, spec.vector_dim)).view(x.shape[:2])
 
     def _encode_table(self, x: Tensor) -> Tensor:
         pattern = self._directions.nearest(x).long()

@@ -95,15 +95,15 @@ def quantize_linear(
     """
     encoder = codebook.encoder
     spec = encoder.codebook.spec
-    # Rows are independent, so working memory is bounded by a chunk of them.
-    rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
+    # Segments are independent, so working memory is bounded by a chunk of them.
+    segments = max(1, CHUNK_WEIGHTS // (weight.shape[1] * spec.row_multiple))
     qweight, row_scale = [], []
     errors = ErrorSum(spec.vector_dim)
-    for chunk in weight.split(rows):
+    for chunk in weight.split(segments * spec.row_multiple):
         rotated = block_hadamard(chunk.float() * signs, block)
         scale = initial_row_scale(rotated, codebook)
         x = rotated / scale.unsqueeze(1)
-        codes = encoder.encode(x.view(-1, spec.vector_dim)).view(len(x), -1)
+        codes = encoder.encode(x.unflatten(1, (-1, spec.vector_dim)))
         levels = encoder.codebook.decode(codes).flatten(1).float()
         refitted = refit_row_scale(rotated, levels)
         errors.add(rotated, levels * refitted.float().unsqueeze(1))

@@ -30,7 +30,7 @@ class QuantizeOptions:
         bits: a nominal rate of `codebooks.OFFERED[codec]` for every layer, or any average between
             them: then each layer gets a rate by its sensitivity, and all that is stored of the
             quantized layers stays within `bits` per weight.
-        codec: `signed` or `e8`.
+        codec: `signed`, `trellis` or `e8`.
         max_tp: largest tensor-parallel size to keep possible where K allows.
         seed: of the input signs and the calibration text.
         calibration: a text or JSONL file, a `datasets` name, SELF, or NONE.

@@ -14,16 +14,25 @@ from torch import Tensor
 
 
 def _spec(
-    vector_dim: int, signs: bool, parity: bool, pattern_bits: int, magnitude_bits: int
+    vector_dim: int,
+    signs: bool,
+    parity: bool,
+    pattern_bits: int,
+    magnitude_bits: int,
+    *,
+    rotation_bits: int = 0,
+    state_bits: int = 0,
 ) -> CodebookSpec:
     return CodebookSpec(
-        codec="signed" if signs else "e8",
+        codec="trellis" if state_bits else "signed" if signs else "e8",
         vector_dim=vector_dim,
         signs=signs,
         parity=parity,
         pattern_bits=pattern_bits,
         magnitude_bits=magnitude_bits,
         shift=3,
+        rotation_bits=rotation_bits,
+        state_bits=state_bits,
     )
 
 
@@ -33,6 +42,15 @@ SPECS = {
     "signed-8x18": _spec(8, True, True, 9, 1),
     "signed-4x12": _spec(4, True, True, 7, 1),
     "signed-4x16": _spec(4, True, False, 10, 2),
+    "trellis-8x16": _spec(8, True, True, 8, 0, rotation_bits=3, state_bits=3),
+    "trellis-8x18": _spec(8, True, True, 10, 0, rotation_bits=3, state_bits=3),
+    "trellis-4x12": _spec(4, True, True, 8, 0, rotation_bits=2, state_bits=3),
+    "trellis-4x16": _spec(4, True, False, 12, 0, rotation_bits=2, state_bits=2),
+    "generic-trellis-8x16": _spec(8, True, True, 8, 0, state_bits=4),
+    "generic-trellis-8x11": _spec(8, True, False, 3, 0, rotation_bits=3, state_bits=3),
+    "generic-trellis-4x15": _spec(4, True, True, 11, 0, rotation_bits=2, state_bits=1),
+    "generic-trellis-2x8": _spec(2, True, False, 6, 0, state_bits=3),
+    "generic-trellis-2x7": _spec(2, True, True, 5, 0, rotation_bits=1, state_bits=2),
     "generic-2x8": _spec(2, True, False, 5, 1),
     "e8-16": _spec(8, False, False, 14, 2),
     "e8-18": _spec(8, False, False, 16, 2),

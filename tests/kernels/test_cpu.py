@@ -12,6 +12,7 @@ from linear_cases import BLOCKS, SPECS, random_case, unit_case
 from pcdvq_kernels import cpu, fallback
 from pcdvq_kernels.nearest import nearest_codeword
 from pcdvq_kernels.reference import decode_levels
+from pcdvq_kernels.trellis import trellis_codes
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
 
@@ -184,3 +185,39 @@ def test_nearest(isa, dim, count):
 def test_nearest_bad_arguments(x, codewords, bias):
     with pytest.raises(ValueError, match="expected"):
         nearest_codeword(x, codewords, bias)
+
+
+@all_isas
+@pytest.mark.parametrize(
+    ("dim", "parity", "state_bits", "field_bits"),
+    [(8, True, 3, 8), (4, True, 3, 8), (4, False, 2, 7), (2, False, 3, 4), (2, True, 1, 1)],
+)
+def test_trellis(isa, dim, parity, state_bits, field_bits):
+    generator = torch.Generator().manual_seed(field_bits)
+    codewords = torch.randn(1 << (state_bits + field_bits + parity), dim, generator=generator).abs()
+    for rows, groups in ((0, 3), (37, 5), (16, 1), (3, 2), (200, 7)):
+        x = torch.randn(rows, groups, dim, generator=generator)
+        weight = torch.rand(rows, generator=generator)
+        actual = cpu.trellis(x, weight, codewords, parity, state_bits, isa=isa)
+        assert actual.dtype == torch.int32
+        expected = fallback.trellis(x, weight, codewords, parity, state_bits)
+        assert torch.equal(actual, expected)
+        assert torch.equal(trellis_codes(x, weight, codewords, parity, state_bits)[:16], actual[:16])
+
+
+@pytest.mark.parametrize(
+    ("x", "row_weight", "codewords", "state_bits"),
+    [
+        (torch.zeros(4, 2, 3), torch.zeros(4), torch.zeros(8, 3), 1),
+        (torch.zeros(4, 8), torch.zeros(4), torch.zeros(8, 8), 1),
+        (torch.zeros(4, 2, 8), torch.zeros(3), torch.zeros(8, 8), 1),
+        (torch.zeros(4, 2, 8), torch.zeros(4), torch.zeros(9, 8), 1),
+        (torch.zeros(4, 2, 8), torch.zeros(4), torch.zeros(4, 8), 1),
+        (torch.zeros(4, 2, 8), torch.zeros(4), torch.zeros(8, 4), 1),
+        (torch.zeros(4, 2, 8), torch.zeros(4), torch.zeros(8, 8), 0),
+        (torch.zeros(4, 2, 8, dtype=torch.float64), torch.zeros(4), torch.zeros(8, 8), 1),
+    ],
+)
+def test_trellis_bad_arguments(x, row_weight, codewords, state_bits):
+    with pytest.raises(ValueError, match="expected"):
+        trellis_codes(x, row_weight, codewords, True, state_bits)

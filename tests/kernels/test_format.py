@@ -8,6 +8,7 @@ from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import CheckpointError
 from pcdvq_kernels.hadamard import block_hadamard, choose_block
 from pcdvq_kernels.packing import pack_codes, pack_signs, unpack_codes, unpack_signs
+from pydantic import ValidationError
 
 SMALL = CodebookSpec(
     codec="signed",
@@ -22,6 +23,21 @@ SMALL_BOOK = Codebook(
     SMALL,
     torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]], dtype=torch.int8),
     torch.tensor([1, 10], dtype=torch.uint8),
+)
+
+TRELLIS = SMALL.model_copy(
+    update={
+        "codec": "trellis",
+        "pattern_bits": 2,
+        "magnitude_bits": 0,
+        "rotation_bits": 1,
+        "state_bits": 1,
+    }
+)
+TRELLIS_BOOK = Codebook(
+    TRELLIS,
+    torch.arange(1, 17, dtype=torch.int8).view(8, 2),
+    torch.ones(1, dtype=torch.uint8),
 )
 
 
@@ -68,6 +84,45 @@ def test_golden_decode() -> None:
     codes = torch.tensor([0b0000, 0b0001, 0b0010, 0b0011, 0b0100, 0b0101, 0b1111])
     levels = [[1, 2], [-3, 4], [3, -4], [-1, -2], [5, 6], [-7, 8], [-50, -60]]
     assert SMALL_BOOK.decode(codes).tolist() == levels
+
+
+def test_golden_trellis_decode() -> None:
+    """Code 0bRBSS: two signs, a base bit, a rotation bit, which is the state of the row below."""
+    codes = torch.tensor([[0b0000], [0b1001], [0b0110], [0b1111], [0b0000]])
+    levels = [[1, 2], [-4, 3], [15, -16], [-6, -5], [9, 10]]
+    assert TRELLIS_BOOK.decode(codes)[:, 0].tolist() == levels
+
+
+def test_trellis_segments_start_over() -> None:
+    codes = torch.full((35, 1), 0b1000)
+    first, others = [2, 1], [10, 9]
+    levels = TRELLIS_BOOK.decode(codes)[:, 0].tolist()
+    assert levels == [first if row in (0, 16, 32) else others for row in range(35)]
+    assert TRELLIS_BOOK.decode(codes[16:])[:, 0].tolist() == levels[16:]
+
+
+def test_golden_trellis_bytes() -> None:
+    """Two rows, K = 8: the low nibble of a byte is the first code."""
+    qweight = torch.stack([bytes_of("9000"), bytes_of("f610")])
+    levels = [[1, 2, -4, 3, 1, 2, 1, 2], [7, -8, -14, -13, 1, 2, -3, 4]]
+    assert reference.decode_levels(qweight, TRELLIS_BOOK, 8).tolist() == levels
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codec": "signed"},
+        {"state_bits": 0},
+        {"magnitude_bits": 1},
+        {"rotation_bits": 2},
+        {"state_bits": 3},
+        {"state_bits": 5},
+        {"signs": False, "parity": False},
+    ],
+)
+def test_trellis_layout_out_of_limits(change: dict) -> None:
+    with pytest.raises(ValidationError):
+        CodebookSpec.model_validate(TRELLIS.model_dump() | change)
 
 
 def test_shift_rounds_to_nearest_half_up() -> None:

@@ -88,7 +88,7 @@ def test_bad_arguments(change, message):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [(1, 3), (2, 4), (3, 2), (4, 0), (4, 17), (5, 5), (5, -1), (0, 0)]
+    ("field", "value"), [(1, 3), (2, 4), (3, 2), (4, 0), (4, 17), (5, 5), (5, -1), (6, 3), (7, 3), (0, 0)]
 )
 def test_bad_layout(field, value):
     *args, layout = random_case("signed-8x16", 2, 7, 72).args()
@@ -96,7 +96,7 @@ def test_bad_layout(field, value):
     with pytest.raises(ValueError, match="layout is"):
         torch.ops.pcdvq.linear(*args, layout)
     with pytest.raises(ValueError, match="integers"):
-        torch.ops.pcdvq.linear(*args, layout[:5])
+        torch.ops.pcdvq.linear(*args, layout[:7])
 
 
 def test_codewords_must_cover_every_code():
@@ -131,7 +131,7 @@ def test_compiles_whole():
 
 @pytest.mark.parametrize("codec", SPECS)
 def test_fallback_matches_reference(codec, without_library, monkeypatch):
-    monkeypatch.setattr(fallback, "CHUNK_WEIGHTS", 5 * 576)
+    monkeypatch.setattr(fallback, "CHUNK_WEIGHTS", 16 * 576)
     case = random_case(codec, 5, 33, 576, bias=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

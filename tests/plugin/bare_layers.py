@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 from pcdvq_kernels.codebook import Codebook
-from pcdvq_kernels.config import PCDVQCheckpointConfig
+from pcdvq_kernels.config import CodebookSpec, PCDVQCheckpointConfig
 from random_checkpoint import SIGNED, PackedLayer, random_codebook, random_layer
 from torch import Tensor
 from vllm.model_executor.layers.linear import LinearBase
@@ -42,8 +42,8 @@ def tensor_parallel(rank: int, size: int) -> Iterator[None]:
         yield
 
 
-def make_codebook(seed: int = 1) -> Codebook:
-    return random_codebook(SIGNED, torch.Generator().manual_seed(seed))
+def make_codebook(spec: CodebookSpec = SIGNED, seed: int = 1) -> Codebook:
+    return random_codebook(spec, torch.Generator().manual_seed(seed))
 
 
 def make_config(
@@ -68,10 +68,12 @@ def make_config(
     return config
 
 
-def make_parts(rows: Sequence[int], columns: int, seed: int = 2) -> list[PackedLayer]:
+def make_parts(
+    rows: Sequence[int], columns: int, seed: int = 2, spec: CodebookSpec = SIGNED
+) -> list[PackedLayer]:
     """Layers of `rows` outputs each that share their input signs."""
     generator = torch.Generator().manual_seed(seed)
-    parts = [random_layer(SIGNED, n, columns, generator) for n in rows]
+    parts = [random_layer(spec, n, columns, generator) for n in rows]
     return [PackedLayer(part.qweight, part.row_scale, parts[0].signs_in) for part in parts]
 
 

@@ -27,6 +27,15 @@ SIGNED = CodebookSpec(
     shift=0,
 )
 ODD_BITS = SIGNED.model_copy(update={"pattern_bits": 6, "magnitude_bits": 3})
+TRELLIS = SIGNED.model_copy(
+    update={
+        "codec": "trellis",
+        "pattern_bits": 8,
+        "magnitude_bits": 0,
+        "rotation_bits": 3,
+        "state_bits": 3,
+    }
+)
 E8 = CodebookSpec(
     codec="e8",
     vector_dim=8,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from bare_layers import finish, load_part, make_codebook, make_config, make_parts, tensor_parallel
+from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
-from random_checkpoint import PackedLayer
+from random_checkpoint import SIGNED, TRELLIS, PackedLayer
 from torch import Tensor
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -96,9 +97,14 @@ CASES = {
 
 
 def _shard(
-    case: Case, parts: list[PackedLayer], biases: list[Tensor], rank: int, size: int
+    case: Case,
+    parts: list[PackedLayer],
+    biases: list[Tensor],
+    rank: int,
+    size: int,
+    spec: CodebookSpec = SIGNED,
 ) -> LinearBase:
-    config = make_config(list(case.disk), {K: BLOCK}, make_codebook())
+    config = make_config(list(case.disk), {K: BLOCK}, make_codebook(spec))
     with tensor_parallel(rank, size):
         layer = case.build(config)
         for part, bias, shard_id in zip(parts, biases, case.shard_ids, strict=True):
@@ -111,8 +117,10 @@ def _forward(layer: LinearBase, x: Tensor, rank: int, size: int) -> Tensor:
         return layer(x)[0]
 
 
-def _dense(parts: list[PackedLayer], biases: list[Tensor], x: Tensor) -> Tensor:
-    codebook = make_codebook()
+def _dense(
+    parts: list[PackedLayer], biases: list[Tensor], x: Tensor, spec: CodebookSpec = SIGNED
+) -> Tensor:
+    codebook = make_codebook(spec)
     return torch.cat(
         [
             x @ part.dense(codebook, BLOCK).T + bias
@@ -122,15 +130,19 @@ def _dense(parts: list[PackedLayer], biases: list[Tensor], x: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("name", CASES)
-def test_output_shards(name: str, size: int, vllm_config) -> None:
+@pytest.mark.parametrize(
+    ("name", "size", "spec"),
+    [(name, size, SIGNED) for name in CASES for size in (1, 2, 4)]
+    + [("qkv", 4, TRELLIS), ("qkv on disk", 4, TRELLIS), ("merged", 2, TRELLIS)],
+)
+def test_output_shards(name: str, size: int, spec: CodebookSpec, vllm_config) -> None:
     case = CASES[name]
-    parts = make_parts(list(case.disk.values()), K)
+    parts = make_parts(list(case.disk.values()), K, spec=spec)
     biases = [torch.randn(rows) for rows in case.disk.values()]
     x = torch.randn(3, K)
     outputs = [
-        _forward(_shard(case, parts, biases, rank, size), x, rank, size) for rank in range(size)
+        _forward(_shard(case, parts, biases, rank, size, spec), x, rank, size)
+        for rank in range(size)
     ]
     copies = [max(1, size // limit) for limit in case.distinct or (size,) * len(case.outputs)]
     widths = [rows * count // size for rows, count in zip(case.outputs, copies, strict=True)]
@@ -141,7 +153,9 @@ def test_output_shards(name: str, size: int, vllm_config) -> None:
             same = pieces[first : first + count]
             torch.testing.assert_close(same, [same[0]] * count, rtol=0, atol=0)
         whole.append(torch.cat(pieces[::count], dim=-1))
-    torch.testing.assert_close(torch.cat(whole, dim=-1), _dense(parts, biases, x), **TOLERANCE)
+    torch.testing.assert_close(
+        torch.cat(whole, dim=-1), _dense(parts, biases, x, spec), **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -170,3 +184,31 @@ def test_input_shards_that_cut_blocks(
         RowParallelLinear(columns, 96, quant_config=config, prefix="m.down")
     for words in (f"layer m.down has {columns}", f"blocks of {block}", f"size {size} would"):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "rows", "remedy"),
+    [
+        ("merged", 4, 24, "Serve with --tensor-parallel-size 2, or quantize again with"),
+        ("column", 4, 24, "Serve with --tensor-parallel-size 2, or quantize again with"),
+        ("odd parts", 1, 24, "Quantize again with"),
+    ],
+)
+def test_output_shards_that_cut_segments(
+    name: str, size: int, rows: int, remedy: str, vllm_config
+) -> None:
+    def build_odd(config: PCDVQConfig) -> LinearBase:
+        return MergedColumnParallelLinear(K, [24, 64], quant_config=config, prefix="m.gate_up_proj")
+
+    build = build_odd if name == "odd parts" else CASES[name].build
+    layers = ["m.gate_proj", "m.up_proj", "m.up"]
+    config = make_config(layers, {K: BLOCK}, make_codebook(TRELLIS))
+    with tensor_parallel(0, size), pytest.raises(PCDVQError, match=remedy) as caught:
+        build(config)
+    for words in (f"a part of {rows} rows", f"parallel-size {size};", "multiples of 16 rows"):
+        assert words in str(caught.value)
+
+
+def test_a_lone_layer_need_not_end_with_a_segment(vllm_config) -> None:
+    config = make_config(["m.up"], {K: BLOCK}, make_codebook(TRELLIS))
+    ColumnParallelLinear(K, 24, quant_config=config, prefix="m.up")

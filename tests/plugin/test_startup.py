@@ -67,7 +67,7 @@ def _truncate(path: Path) -> None:
 
 def _unknown_codec(path: Path) -> None:
     def edit(config: dict) -> None:
-        config["quantization_config"]["codebooks"]["signed"]["codec"] = "trellis"
+        config["quantization_config"]["codebooks"]["signed"]["codec"] = "qtip"
 
     edit_config(path, edit)
 

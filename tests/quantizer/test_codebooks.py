@@ -18,6 +18,8 @@ EXPECTED_ERROR = {
     ("signed", 2.25): 0.0647,
     ("signed", 3.0): 0.0266,
     ("signed", 4.0): 0.0074,
+    ("trellis", 2.0): 0.0800,
+    ("trellis", 3.0): 0.0214,
     ("e8", 2.0): 0.0990,
     ("e8", 2.25): 0.0691,
 }
@@ -33,7 +35,7 @@ E8_SHA256 = {
 def test_error_on_gaussian_weights(codec: str, bits: float) -> None:
     named = get_codebook(codec, bits)
     generator = torch.Generator().manual_seed(7)
-    x = torch.randn(100_000, named.codebook.spec.vector_dim, generator=generator)
+    x = torch.randn(1000, 100, named.codebook.spec.vector_dim, generator=generator)
     decoded = named.codebook.decode(named.encoder.encode(x * named.unit)).float() / named.unit
     error = (decoded - x).square().mean().item()
     assert error <= TOLERANCE * EXPECTED_ERROR[codec, bits]
@@ -44,7 +46,7 @@ def test_rate_is_what_it_says(codec: str, bits: float) -> None:
     spec = get_codebook(codec, bits).codebook.spec
     assert spec.bits == bits
     assert spec.codec == codec
-    assert spec.magnitude_bits >= 1
+    assert (spec.magnitude_bits >= 1) == (codec != "trellis")
 
 
 @pytest.mark.parametrize(("codec", "bits"), RATES)
@@ -52,7 +54,7 @@ def test_encoding_a_codeword_finds_it(codec: str, bits: float) -> None:
     """Decode, encode, decode: codewords are their own nearest (or one as near)."""
     named = get_codebook(codec, bits)
     spec = named.codebook.spec
-    codes = torch.randint(0, 1 << spec.code_bits, (2000,))
+    codes = torch.randint(0, 1 << spec.code_bits, (20, 100))
     if spec.codec == "e8":
         # Direction and length are chosen apart, so only the direction must come back.
         levels = named.codebook.decode(codes).float()
@@ -61,23 +63,38 @@ def test_encoding_a_codeword_finds_it(codec: str, bits: float) -> None:
         return
     levels = named.codebook.decode(codes)
     assert torch.equal(named.codebook.decode(named.encoder.encode(levels.float())), levels)
-    assert torch.equal(
-        unpack_codes(pack_codes(codes.view(10, -1), spec.code_bits), spec.code_bits, 200),
-        codes.view(10, -1),
-    )
+    assert torch.equal(unpack_codes(pack_codes(codes, spec.code_bits), spec.code_bits, 100), codes)
 
 
 def test_signed_encoder_beats_or_equals_any_single_flip() -> None:
     """Codes are locally optimal: no other pattern and magnitude under the same signs is nearer."""
     named = get_codebook("signed", 2.0)
     spec = named.codebook.spec
-    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(3)) * named.unit
+    x = torch.randn(64, 1, 8, generator=torch.Generator().manual_seed(3)) * named.unit
     codes = named.encoder.encode(x)
     fields = torch.arange(1 << (spec.pattern_bits + spec.magnitude_bits)) << spec.sign_bits
-    others = (codes & ((1 << spec.sign_bits) - 1)).unsqueeze(1) | fields  # [64, fields]
-    distance = (named.codebook.decode(others).float() - x.unsqueeze(1)).square().sum(-1)
+    others = (codes & ((1 << spec.sign_bits) - 1)) | fields  # [64, fields]
+    distance = (named.codebook.decode(others).float() - x).square().sum(-1)
     chosen = (named.codebook.decode(codes).float() - x).square().sum(-1)
-    torch.testing.assert_close(chosen, distance.min(1).values)
+    torch.testing.assert_close(chosen, distance.min(1, keepdim=True).values)
+
+
+@pytest.mark.parametrize("bits", OFFERED["trellis"])
+def test_trellis_row_weights_move_the_error(bits: float) -> None:
+    """Rows that cost more are stored better, and the weighted error is least with their weights."""
+    named = get_codebook("trellis", bits)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(320, 10, named.codebook.spec.vector_dim, generator=generator) * named.unit
+    weight = torch.where(torch.arange(320) % 4 == 0, 1.0, 0.05)
+
+    def row_errors(row_weight: torch.Tensor | None) -> torch.Tensor:
+        decoded = named.codebook.decode(named.encoder.encode(x, row_weight)).float()
+        return (decoded - x).square().sum((1, 2))
+
+    plain, weighted = row_errors(None), row_errors(weight)
+    assert (weight * weighted).sum() < (weight * plain).sum()
+    assert weighted[::4].sum() < plain[::4].sum()
+    assert plain.sum() < weighted.sum()
 
 
 @pytest.mark.parametrize("bits", [2.0, 2.25])

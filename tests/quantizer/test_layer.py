@@ -3,17 +3,19 @@
 import pytest
 import torch
 from pcdvq_kernels import reference
-from pcdvq_quantizer.codebooks import get_codebook
+from pcdvq_quantizer.codebooks import OFFERED, get_codebook
 from pcdvq_quantizer.layer import quantize_linear
 from pcdvq_quantizer.run import input_signs
 
 
-@pytest.mark.parametrize("bits", [2.0, 2.25, 3.0, 4.0])
+@pytest.mark.parametrize(
+    ("codec", "bits"), [(codec, bits) for codec in ("signed", "trellis") for bits in OFFERED[codec]]
+)
 @pytest.mark.parametrize(("rows", "columns"), [(33, 576), (5, 896), (1, 72)])
 def test_reported_error_is_the_error_of_the_stored_weight(
-    bits: float, rows: int, columns: int
+    codec: str, bits: float, rows: int, columns: int
 ) -> None:
-    named = get_codebook("signed", bits)
+    named = get_codebook(codec, bits)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     weight *= torch.logspace(-3, 1, rows).unsqueeze(1)  # rows of very different size
     signs = input_signs(columns, 0)
@@ -47,11 +49,14 @@ def test_zero_and_tiny_rows_stay_finite() -> None:
     assert layer.row_scale[0] == 0
 
 
-def test_chunking_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(10, 128, generator=torch.Generator().manual_seed(2))
-    arguments = (get_codebook("signed", 2.25), input_signs(128, 0), 128)
+@pytest.mark.parametrize(("codec", "bits"), [("signed", 2.25), ("trellis", 2.0)])
+def test_chunking_does_not_change_the_result(
+    codec: str, bits: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(50, 128, generator=torch.Generator().manual_seed(2))
+    arguments = (get_codebook(codec, bits), input_signs(128, 0), 128)
     whole = quantize_linear(weight, *arguments)
-    monkeypatch.setattr("pcdvq_quantizer.layer.CHUNK_WEIGHTS", 3 * 128)
+    monkeypatch.setattr("pcdvq_quantizer.layer.CHUNK_WEIGHTS", 20 * 128)
     chunked = quantize_linear(weight, *arguments)
     assert torch.equal(whole.qweight, chunked.qweight)
     assert torch.equal(whole.row_scale, chunked.row_scale)

@@ -61,12 +61,12 @@ def ldlq(
         error = x.new_empty(len(x), end - start)
         for left in range(start, end, step):
             right = left + step
-            code = encoder.encode(x[:, left:right].contiguous())
-            level = encoder.codebook.decode(code).float()
+            code = encoder.encode(x[:, None, left:right].contiguous(), row_weight)
+            level = encoder.codebook.decode(code)[:, 0].float()
             wrong = x[:, left:right] - level
             x[:, right:end] -= wrong @ feedback[left:right, right:end]
             error[:, left - start : right - start] = wrong
             levels[:, left:right] = level
             codes.append(code)
         x[:, end:] -= error @ feedback[start:end, end:]
-    return torch.stack(codes, 1), levels
+    return torch.cat(codes, 1), levels

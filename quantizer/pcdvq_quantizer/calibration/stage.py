@@ -52,7 +52,15 @@ def quantize_stage(
     hessian, feedback = damped_feedback(moments.hessian, vector_dim)
     aim = _asymmetric_target(original, moments)
     scale = initial_row_scale(aim, codebook)
-    codes, levels = ldlq(aim / scale.unsqueeze(1), feedback, codebook.encoder, scale.square())
+    # Together they are faster; but a linear's first row must begin a segment of the trellis.
+    counts = [len(weight) for weight in weights]
+    together = not any(count % codebook.codebook.spec.row_multiple for count in counts)
+    parts = [sum(counts)] if together else counts
+    rounded = [
+        ldlq(part / unit.unsqueeze(1), feedback, codebook.encoder, unit.square())
+        for part, unit in zip(aim.split(parts), scale.split(parts), strict=True)
+    ]
+    codes, levels = (torch.cat(each) for each in zip(*rounded, strict=True))
     row_scale = refit_row_scale(aim, levels, hessian)
     decoded = levels * row_scale.float().unsqueeze(1)
     layers = []
@@ -72,7 +80,7 @@ def quantize_stage(
         )
         start = rows.stop
     dense = block_hadamard(decoded, block) * signs
-    return layers, list(dense.split([len(weight) for weight in weights]))
+    return layers, list(dense.split(counts))
 
 
 def damped_feedback(hessian: Tensor, vector_dim: int) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,12 @@ from pcdvq_quantizer.codebooks.e8 import make_e8_tables
 from pcdvq_quantizer.encode import Encoder
 
 E8_DIRECTION_BITS = {2.0: 14, 2.25: 16}
-SAMPLES = 1 << 16  # groups that distortions are measured on
-OFFERED = {"signed": (2.0, 2.25, 3.0, 4.0), "e8": tuple(E8_DIRECTION_BITS)}
+SAMPLES, ROWS = 1 << 16, 1 << 8  # groups that distortions are measured on
+OFFERED = {
+    "signed": (2.0, 2.25, 3.0, 4.0),
+    "trellis": (2.0, 3.0),
+    "e8": tuple(E8_DIRECTION_BITS),
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class NamedCodebook:
     @cached_property
     def distortion(self) -> float:
         """Mean squared error of N(0, 1) weights."""
-        dim = self.codebook.spec.vector_dim
-        x = torch.randn(SAMPLES, dim, generator=torch.Generator().manual_seed(0)) * self.unit
+        shape = ROWS, SAMPLES // ROWS, self.codebook.spec.vector_dim
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * self.unit
         levels = self.codebook.decode(self.encoder.encode(x)).float()
         return (levels - x).square().mean().item() / self.unit**2
 
@@ -79,7 +83,7 @@ def get_codebook(codec: str, bits: float) -> NamedCodebook:
         rates = ", ".join(f"{rate:g}" for rate in offered_rates(codec))
         raise PCDVQError(f"codec {codec} does not offer {bits:g} bits per weight; choose {rates}")
     id = f"{codec}-{bits:g}"
-    if codec == "signed":
+    if codec != "e8":
         with resources.as_file(resources.files(__package__) / "tables") as tables:
             return load_codebook(id, tables / f"{id}.safetensors")
     return _cached_e8(id, E8_DIRECTION_BITS[bits])

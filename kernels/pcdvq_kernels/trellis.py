@@ -1,0 +1,34 @@
+"""Codes of the trellis codec, the inner loop of its quantization."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pcdvq_kernels import cpu, fallback
+
+
+def trellis_codes(
+    x: Tensor, row_weight: Tensor, codewords: Tensor, parity: bool, state_bits: int
+) -> Tensor:
+    """Codes whose levels have the least weighted squared error in every segment (FORMAT.md).
+
+    Minimises the sum over rows n of row_weight[n] * |x[n] - levels[n]|^2 by dynamic programming.
+    Signs are those of x; with parity, the smallest coordinate of a group may have the other.
+
+    Args:
+        x: fp32 [N, G, dim], finite, dim 2, 4 or 8; row 0 is the first of a segment. On any device.
+        row_weight: fp32 [N], not negative.
+        codewords: fp32 [2 ** state_bits * 2 ** field_bits * (2 if parity else 1), dim], ordered
+            [state][field][parity]; the top state_bits of a field are the state of the row below.
+        parity: whether the parity of the sign bits selects codewords.
+        state_bits: 1 to 4, at most field_bits.
+
+    Returns:
+        int32 [N, G]: sign bits, above them the field. Scores are rounded to fp32, in an order that
+        depends on the device.
+
+    Raises:
+        PCDVQError: other dtypes, shapes or devices.
+    """
+    run = cpu.trellis if x.device.type == "cpu" and cpu.available() else fallback.trellis
+    return run(x, row_weight, codewords, parity, state_bits)

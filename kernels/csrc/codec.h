@@ -48,6 +48,7 @@ struct Codec {
 
   // The octet whose first bit is bit `bit` of `bytes`.
   PCDVQ_INLINE Levels octet(const uint8_t* bytes, int64_t bit) const {
+    if (DIM == 1) return Levels::load_codes(bytes + (bit >> 3));
     uint64_t rows[kCodes];
     uint64_t signs = 0;
     for (int i = 0; i < kCodes; ++i) {
@@ -283,10 +284,10 @@ Decoder find_decoder(const PcdvqLayout& layout) {
   Decoder decoder = layout.vector_dim == 8   ? generic_decoder<8>(layout)
                     : layout.vector_dim == 4 ? generic_decoder<4>(layout)
                                              : generic_decoder<2>(layout);
-  match<8, 16, true, true>(layout, &decoder) || match<8, 18, true, true>(layout, &decoder) ||
-      match<8, 16, false, false>(layout, &decoder) ||
-      match<8, 18, false, false>(layout, &decoder) ||
-      match<4, 12, true, true>(layout, &decoder) || match<4, 16, true, false>(layout, &decoder);
+  match<1, 8, false, false>(layout, &decoder) || match<8, 16, true, true>(layout, &decoder) ||
+      match<8, 18, true, true>(layout, &decoder) || match<8, 16, false, false>(layout, &decoder) ||
+      match<8, 18, false, false>(layout, &decoder) || match<4, 12, true, true>(layout, &decoder) ||
+      match<4, 16, true, false>(layout, &decoder);
   return decoder;
 }
 

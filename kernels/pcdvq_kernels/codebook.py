@@ -41,6 +41,8 @@ class Codebook:
                 f"codebook magnitudes lie in [{smallest}, {largest}], the format's limits are "
                 f"[1, {MAX_MAGNITUDE}]"
             )
+        if spec.codec == "int8" and not torch.equal(self.codewords(), int8_directions()):
+            raise CheckpointError("codebook directions are not the levels that codec int8 stands for")
         highest = int(self._levels().abs().max())
         if highest > MAX_LEVEL:
             raise CheckpointError(f"codebook levels reach {highest}, over the limit {MAX_LEVEL}")
@@ -76,6 +78,11 @@ class Codebook:
             negative = _sign_matrix(codes, self.spec.vector_dim).bool()
             levels = torch.where(negative, -levels, levels)
         return levels
+
+
+def int8_directions() -> Tensor:
+    """The directions of codec `int8`, int8 [256, 1]: codes are two's complement, -128 is -127."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.int8).clamp(-MAX_LEVEL).view(-1, 1)
 
 
 def _sign_matrix(codes: Tensor, vector_dim: int) -> Tensor:

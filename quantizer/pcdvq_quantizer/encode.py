@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.codebook import MAX_LEVEL, Codebook
 from pcdvq_kernels.nearest import nearest_codeword
 from torch import Tensor
 
@@ -13,7 +13,8 @@ class Encoder:
 
     A direction is chosen by its angle to the group and a magnitude by the group's length, as in the
     paper (arXiv 2506.05432, section 3.2) for codec `e8`. For `signed`, whose patterns have lengths
-    of their own, the pair nearest to the group in Euclidean distance is chosen.
+    of their own, the pair nearest to the group in Euclidean distance is chosen. For `int8` weights
+    are rounded one by one.
     """
 
     def __init__(self, codebook: Codebook) -> None:
@@ -25,7 +26,7 @@ class Encoder:
             stride = 2 if spec.parity else 1
             # One sub-table per parity of the sign bits: rows 2 * pattern + parity.
             self._tables = [_Table.euclidean(codewords[parity::stride]) for parity in range(stride)]
-        else:
+        elif spec.codec == "e8":
             self._directions = _Table.angular(codebook.directions.float())
             self._lengths = _direction_lengths(codebook)
 
@@ -38,6 +39,8 @@ class Encoder:
         Returns:
             int64 [G], each in [0, 2 ** code_bits).
         """
+        if self.codebook.spec.codec == "int8":
+            return x.round().clamp(-MAX_LEVEL, MAX_LEVEL).long().flatten() & 0xFF
         return self._encode_signed(x) if self.codebook.spec.signs else self._encode_table(x)
 
     def _encode_table(self, x: Tensor) -> Tensor:

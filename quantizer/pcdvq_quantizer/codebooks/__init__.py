@@ -10,7 +10,8 @@ from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 
-from pcdvq_kernels.codebook import Codebook
+import torch
+from pcdvq_kernels.codebook import Codebook, int8_directions
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,9 @@ from pcdvq_quantizer.codebooks.e8 import make_e8_tables
 from pcdvq_quantizer.encode import Encoder
 
 E8_DIRECTION_BITS = {2.0: 14, 2.25: 16}
-OFFERED = {"signed": (2.0, 2.25, 3.0, 4.0), "e8": tuple(E8_DIRECTION_BITS)}
+OFFERED = {"signed": (2.0, 2.25, 3.0, 4.0), "e8": tuple(E8_DIRECTION_BITS), "int8": (8.0,)}
+# Least mean squared error of rounding N(0, 1) to 255 equidistant levels.
+INT8_UNIT = 32.5
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,12 @@ def get_codebook(codec: str, bits: float) -> NamedCodebook:
         raise PCDVQError(f"codec {codec!r} is not offered; choose one of {', '.join(OFFERED)}")
     if bits not in OFFERED[codec]:
         rates = ", ".join(f"{rate:g}" for rate in OFFERED[codec])
-        raise PCDVQError(f"codec {codec} does not offer {bits:g} bits per weight; choose {rates}")
+        others = [f", or codec {other}" for other in OFFERED if bits in OFFERED[other]]
+        raise PCDVQError(
+            f"codec {codec} does not offer {bits:g} bits per weight; choose {rates}{''.join(others)}"
+        )
+    if codec == "int8":
+        return _int8()
     id = f"{codec}-{bits:g}"
     if codec == "signed":
         with resources.as_file(resources.files(__package__) / "tables") as tables:
@@ -78,6 +86,20 @@ def load_codebook(id: str, path: Path) -> NamedCodebook:
         spec = CodebookSpec.model_validate_json(metadata["spec"])
         tables = Codebook(spec, file.get_tensor("directions"), file.get_tensor("magnitudes"))
     return NamedCodebook(id, tables, float(metadata["unit"]))
+
+
+def _int8() -> NamedCodebook:
+    spec = CodebookSpec(
+        codec="int8",
+        vector_dim=1,
+        signs=False,
+        parity=False,
+        pattern_bits=8,
+        magnitude_bits=0,
+        shift=0,
+    )
+    tables = Codebook(spec, int8_directions(), torch.ones(1, dtype=torch.uint8))
+    return NamedCodebook("int8", tables, INT8_UNIT)
 
 
 def _cached_e8(id: str, direction_bits: int) -> NamedCodebook:

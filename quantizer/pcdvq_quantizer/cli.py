@@ -25,6 +25,7 @@ console = Console()
 class Codec(StrEnum):
     signed = "signed"
     e8 = "e8"
+    int8 = "int8"
 
 
 @app.callback()
@@ -39,10 +40,19 @@ def _options(
 def quantize(
     model: Annotated[str, typer.Argument(help="Local directory, .gguf file, or hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
-    bits: Annotated[float, typer.Option(help="Bits per weight: 2, 2.25, 3 or 4.")] = 4.0,
+    bits: Annotated[
+        float, typer.Option(help="Bits per weight: 2, 2.25, 3 or 4; 8 with codec int8.")
+    ] = 4.0,
     codec: Annotated[
-        Codec, typer.Option(help="signed: fast default; e8: the paper's codebook (2 and 2.25).")
+        Codec,
+        typer.Option(
+            help="signed: fast default; e8: the paper's codebook (2 and 2.25); int8: 8 bits."
+        ),
     ] = Codec.signed,
+    embedding_bits: Annotated[
+        int,
+        typer.Option(help="Bits of input embedding and output head: 4, 8, or 16 to leave them."),
+    ] = 16,
     max_tp: Annotated[
         int, typer.Option(help="Largest tensor-parallel size to allow where sizes permit.")
     ] = 8,
@@ -50,9 +60,12 @@ def quantize(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Quantize MODEL into the PCDVQ checkpoint OUT."""
+    from pcdvq_quantizer.inspection import describe_rate
     from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
 
-    options = QuantizeOptions(bits=bits, codec=codec.value, max_tp=max_tp, seed=seed)
+    options = QuantizeOptions(
+        bits=bits, codec=codec.value, max_tp=max_tp, seed=seed, embedding_bits=embedding_bits
+    )
     with console.status(f"Opening {model}"):
         plan = make_plan(model, options)
     for line in plan.selection.skipped_lines():
@@ -62,8 +75,7 @@ def quantize(
         advance = partial(bar.advance, task)
         checkpoint = quantize_model(plan, out, overwrite, advance)
     console.print(
-        f"{out}: {len(checkpoint.layers)} layers at {checkpoint.bits_per_weight:.3f} bits per "
-        f"weight. Serve it with: vllm serve {out} --quantization pcdvq",
+        f"{out}: {describe_rate(checkpoint)}. Serve it with: vllm serve {out} --quantization pcdvq",
         highlight=False,
         soft_wrap=True,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pcdvq_quantizer.card import write_model_card
 from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook
+from pcdvq_quantizer.embeddings import UNQUANTIZED_BITS, get_embedding_codebook
 from pcdvq_quantizer.layer import QuantizedLinear, quantize_linear
 from pcdvq_quantizer.selection import Selection, select_layers
 from pcdvq_quantizer.sources import Source, open_source
@@ -33,24 +34,26 @@ class QuantizeOptions:
 
     Attributes:
         bits: nominal bits per weight, one of `codebooks.OFFERED[codec]`.
-        codec: `signed` or `e8`.
+        codec: one of `codebooks.OFFERED`.
         max_tp: largest tensor-parallel size to keep possible where K allows.
         seed: of the input signs.
+        embedding_bits: of input embedding and output head, 4, 8, or 16 to leave them as they are.
     """
 
     bits: float = 2.0
     codec: str = "signed"
     max_tp: int = 8
     seed: int = 0
+    embedding_bits: int = UNQUANTIZED_BITS
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All decisions of a run, made before any weight is read."""
+    """All decisions of a run, made before any weight is read; `codebooks` are by layer."""
 
     source: Source
     options: QuantizeOptions
-    codebook: NamedCodebook
+    codebooks: dict[str, NamedCodebook]
     selection: Selection
     config: PCDVQCheckpointConfig
 
@@ -65,7 +68,8 @@ class Plan:
 
     def packed_bytes(self, layer: str) -> int:
         rows, columns = self.shape(layer)
-        return rows * (self.codebook.codebook.spec.row_bytes(columns) + 2) + columns // 8
+        row_bytes = self.codebooks[layer].codebook.spec.row_bytes(columns)
+        return rows * (row_bytes + 2) + columns // 8
 
     def fingerprint(self) -> dict[str, object]:
         """Equal for runs that make the same checkpoint."""
@@ -83,23 +87,29 @@ def make_plan(model: str, options: QuantizeOptions) -> Plan:
     if options.max_tp < 1:
         raise PCDVQError(f"--max-tp is {options.max_tp}; give 1 or more")
     codebook = get_codebook(options.codec, options.bits)
+    embedding_codebook = get_embedding_codebook(options.embedding_bits)
     source = open_source(model)
     if method := source.config.get("quantization_config", {}).get("quant_method"):
         raise PCDVQError(
             f"{model} is already quantized ({method}); quantize the original model instead"
         )
-    selection = select_layers(source)
+    selection = select_layers(source, embeddings=embedding_codebook is not None)
     in_features = {source.shapes[f"{name}.weight"][1] for name in selection.layers}
+    codebooks = dict.fromkeys(selection.layers, codebook)
+    if embedding_codebook is not None:
+        codebooks |= dict.fromkeys(selection.embeddings, embedding_codebook)
     config = PCDVQCheckpointConfig(
         quant_method="pcdvq",
         format_version=FORMAT_VERSION,
-        codebooks={codebook.id: codebook.codebook.spec},
-        layers=dict.fromkeys(selection.layers, codebook.id),
+        codebooks={used.id: used.codebook.spec for used in codebooks.values()},
+        layers={layer: used.id for layer, used in codebooks.items()},
         hadamard_blocks={str(k): choose_block(k, options.max_tp) for k in sorted(in_features)},
         max_tp=options.max_tp,
         modules_to_not_convert=list(selection.skipped),
+        embedding=selection.embedding,
+        head=selection.head,
     )
-    return Plan(source, options, codebook, selection, config)
+    return Plan(source, options, codebooks, selection, config)
 
 
 def quantize_model(
@@ -123,8 +133,8 @@ def quantize_model(
         for shard in shards:
             if not writer.is_written(shard):
                 _make_shard(plan, shard, writer, progress)
-        errors = writer.finish(shards, [plan.codebook])
-        quantization_config = plan.config.model_dump()
+        errors = writer.finish(shards, plan.codebooks.values())
+        quantization_config = plan.config.model_dump(exclude_none=True)
         writer.write_json(
             "config.json", source.config | {"quantization_config": quantization_config}
         )
@@ -166,7 +176,7 @@ def _quantize_layer(plan: Plan, name: str) -> QuantizedLinear:
         raise PCDVQError(f"{name}.weight of {plan.source.name} holds NaN or infinity")
     in_features = weight.shape[1]
     signs = input_signs(in_features, plan.options.seed)
-    return quantize_linear(weight, plan.codebook, signs, plan.config.block(in_features))
+    return quantize_linear(weight, plan.codebooks[name], signs, plan.config.block(in_features))
 
 
 def input_signs(in_features: int, seed: int) -> Tensor:

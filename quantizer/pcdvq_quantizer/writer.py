@@ -158,7 +158,7 @@ class CheckpointWriter:
         for name in shard.layers:
             self._layer_path(name).unlink(missing_ok=True)
 
-    def finish(self, shards: list[Shard], codebooks: list[NamedCodebook]) -> dict[str, float]:
+    def finish(self, shards: list[Shard], codebooks: Iterable[NamedCodebook]) -> dict[str, float]:
         """Write index and codebooks; returns the relative error of every layer."""
         weight_map: dict[str, str] = {}
         errors: dict[str, float] = {}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linear_cases import BLOCKS, SPECS, random_case
+from linear_cases import SPECS, random_case
 from pcdvq_kernels import cpu, fallback, ops  # noqa: F401 (ops registers the operator)
 from pcdvq_kernels.codebook import MAX_LEVEL
 from pcdvq_kernels.errors import PCDVQError

@@ -42,9 +42,7 @@ class Codebook:
                 f"[1, {MAX_MAGNITUDE}]"
             )
         if spec.codec == "int8" and not torch.equal(self.codewords(), int8_directions()):
-            raise CheckpointError(
-                "codebook directions are not the levels that codec int8 stands for"
-            )
+            raise CheckpointError("codebook directions are not those of codec int8 (FORMAT.md)")
         highest = int(self._levels().abs().max())
         if highest > MAX_LEVEL:
             raise CheckpointError(f"codebook levels reach {highest}, over the limit {MAX_LEVEL}")

@@ -24,8 +24,8 @@ Rows of the dense weight R Q H S, of which only those asked for are decoded:
 
 Importing this module registers the operators. They raise PCDVQError (a ValueError) for arguments
 that do not fit together; on the CPU also for ids that are no rows, elsewhere the device reports
-those as it does for any index. On the CPU the result for a row of x does not depend on the other rows
-or on the number of threads.
+those as it does for any index. On the CPU the result for a row of x or an id does not depend on
+the others or on the number of threads.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def get_embedding_codebook(bits: int) -> NamedCodebook | None:
     if bits not in _CODEBOOKS:
         offered = ", ".join(map(str, _CODEBOOKS))
         raise PCDVQError(
-            f"--embedding-bits is {bits}; give {offered}, or {UNQUANTIZED_BITS} to leave embeddings "
-            "as they are"
+            f"--embedding-bits is {bits}; give {offered}, or {UNQUANTIZED_BITS} to leave "
+            "embeddings as they are"
         )
     return get_codebook(*_CODEBOOKS[bits])
 

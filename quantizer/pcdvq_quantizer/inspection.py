@@ -101,7 +101,8 @@ def inspect_checkpoint(directory: Path) -> CheckpointSummary:
 
 def describe_rate(checkpoint: Checkpoint) -> str:
     """Bits per weight of the linear layers, and with the embeddings where those are quantized."""
-    text = f"{len(checkpoint.linears)} linear layers at {checkpoint.bits_per_weight:.3f} bits per weight"
+    count, bits = len(checkpoint.linears), checkpoint.bits_per_weight
+    text = f"{count} linear layers at {bits:.3f} bits per weight"
     if embeddings := checkpoint.config.embeddings:
         bits = checkpoint.bits_per_weight_with_embeddings
         text += f", {bits:.3f} with {' and '.join(embeddings)}"

@@ -17,7 +17,8 @@ from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.sources import Source
 
 MIN_FEATURES = 8
-# Output heads are left in their own precision unless asked for with the embeddings; routers are tiny, and vLLM never quantizes them.
+# Output heads are left in their own precision, unless asked for with the embeddings; routers are
+# tiny, and vLLM never quantizes them.
 DEFAULT_SKIP = ("lm_head", "*.lm_head", "*.gate", "*.router", "*.shared_expert_gate")
 
 

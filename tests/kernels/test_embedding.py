@@ -123,9 +123,9 @@ def test_bad_arguments(change: dict, message: str) -> None:
 
 def test_bad_types() -> None:
     case = random_case("int8", 1, ROWS, 72)
-    with pytest.raises(PCDVQError, match="ids is torch.uint8"):
+    with pytest.raises(PCDVQError, match=r"ids is torch\.uint8"):
         op(*case.embedding_args(IDS.to(torch.uint8)))
-    with pytest.raises(PCDVQError, match="dtype is torch.float64"):
+    with pytest.raises(PCDVQError, match=r"dtype is torch\.float64"):
         op(*case.embedding_args(IDS, torch.float64))
     *args, layout, dtype = case.embedding_args(IDS)
     with pytest.raises(PCDVQError, match="vector_dim must be 2, 4 or 8, or 1"):

@@ -56,10 +56,8 @@ def get_codebook(codec: str, bits: float) -> NamedCodebook:
         raise PCDVQError(f"codec {codec!r} is not offered; choose one of {', '.join(OFFERED)}")
     if bits not in OFFERED[codec]:
         rates = ", ".join(f"{rate:g}" for rate in OFFERED[codec])
-        others = [f", or codec {other}" for other in OFFERED if bits in OFFERED[other]]
-        raise PCDVQError(
-            f"codec {codec} does not offer {bits:g} bits per weight; choose {rates}{''.join(others)}"
-        )
+        rates += "".join(f", or codec {other}" for other in OFFERED if bits in OFFERED[other])
+        raise PCDVQError(f"codec {codec} does not offer {bits:g} bits per weight; choose {rates}")
     if codec == "int8":
         return _int8()
     id = f"{codec}-{bits:g}"

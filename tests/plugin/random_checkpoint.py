@@ -142,26 +142,11 @@ def write_random_checkpoint(
         weight.data.normal_(0, 3 * hf_config.hidden_size**-0.5)
     model = model.to(dtype).float()
     codebook = random_codebook(spec, generator)
-    blocks: dict[str, int] = {}
-    layers: dict[str, str] = {}
-    signs: dict[tuple[str, bool], Tensor] = {}
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
-            continue
-        columns = module.in_features
-        block = blocks.setdefault(str(columns), choose_block(columns, max_tp))
-        packed = random_layer(spec, module.out_features, columns, generator)
-        parent, _, part = name.rpartition(".")
-        shared = signs.setdefault((parent, part in ("o_proj", "down_proj")), packed.signs_in)
-        packed = replace(packed, signs_in=shared.clone())
-        module.weight.data = packed.dense(codebook, block)
-        if module.bias is not None:
-            state[f"{name}.bias"] = torch.randn(module.out_features).div(10).to(dtype)
-            module.bias.data = state[f"{name}.bias"].float()
-        del state[f"{name}.weight"]
-        state.update({f"{name}.{key}": tensor for key, tensor in packed.tensors().items()})
-        layers[name] = spec.codec
+    blocks = _quantize_linears(model, state, codebook, max_tp, generator)
+    layers = {
+        name.removesuffix(".qweight"): spec.codec for name in state if name.endswith(".qweight")
+    }
     if hf_config.tie_word_embeddings:
         del state["lm_head.weight"]
     codebooks = {spec.codec: codebook}
@@ -182,6 +167,35 @@ def write_random_checkpoint(
     }
     _write(path, model, dtype, state, quantization, codebooks)
     return model
+
+
+def _quantize_linears(
+    model: PreTrainedModel,
+    state: dict[str, Tensor],
+    codebook: Codebook,
+    max_tp: int,
+    generator: torch.Generator,
+) -> dict[str, int]:
+    """Give linear layers random codes, in `model` and `state`; returns the Hadamard blocks."""
+    blocks: dict[str, int] = {}
+    signs: dict[tuple[str, bool], Tensor] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        columns = module.in_features
+        block = blocks.setdefault(str(columns), choose_block(columns, max_tp))
+        packed = random_layer(codebook.spec, module.out_features, columns, generator)
+        parent, _, part = name.rpartition(".")
+        shared = signs.setdefault((parent, part in ("o_proj", "down_proj")), packed.signs_in)
+        packed = replace(packed, signs_in=shared.clone())
+        module.weight.data = packed.dense(codebook, block)
+        if module.bias is not None:
+            bias = torch.randn(module.out_features).div(10)
+            state[f"{name}.bias"] = bias.to(state[f"{name}.bias"].dtype)
+            module.bias.data = state[f"{name}.bias"].float()
+        del state[f"{name}.weight"]
+        state.update({f"{name}.{key}": tensor for key, tensor in packed.tensors().items()})
+    return blocks
 
 
 def _quantize_embeddings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
+from typing import TypeAlias
 
 import torch
 from pcdvq_kernels.checkpoint import PACKED_TENSORS, QWEIGHT, REMEDY, ROW_SCALE, SIGNS_IN
@@ -24,7 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 BIAS = "bias"
 DTYPES = {QWEIGHT: torch.uint8, ROW_SCALE: torch.bfloat16, SIGNS_IN: torch.uint8}
 QKV_SLOTS = ("q", "k", "v")
-PackedLayer = LinearBase | VocabParallelEmbedding
+PackedLayer: TypeAlias = LinearBase | VocabParallelEmbedding
 ShardId = str | int | tuple[int, ...] | None
 
 

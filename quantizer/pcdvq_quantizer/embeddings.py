@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pcdvq_kernels.errors import PCDVQError
 from torch import nn
+from transformers import PreTrainedModel
 
 from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook
 
@@ -28,8 +29,8 @@ def get_embedding_codebook(bits: int) -> NamedCodebook | None:
     return get_codebook(*_CODEBOOKS[bits])
 
 
-def find_embeddings(model: nn.Module) -> tuple[str | None, str | None]:
-    """Names of the input embedding and of the output head of a transformers model.
+def find_embeddings(model: PreTrainedModel) -> tuple[str | None, str | None]:
+    """Names of the input embedding and of the output head of `model`.
 
     Returns:
         None for one that the model lacks, or that is not a plain `nn.Embedding` or `nn.Linear`.

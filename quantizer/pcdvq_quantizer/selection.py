@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pcdvq_kernels.errors import PCDVQError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.sources import Source
@@ -97,7 +97,7 @@ def select_layers(
     return Selection(layers, skipped, embedding, head)
 
 
-def _build_empty(config: dict[str, Any], architecture: str) -> nn.Module:
+def _build_empty(config: dict[str, Any], architecture: str) -> PreTrainedModel:
     """The model that `config` describes, without its weights."""
     fields = {key: value for key, value in config.items() if key != "model_type"}
     try:

@@ -32,6 +32,7 @@ class PCDVQConfig(QuantizationConfig):
     Attributes:
         checkpoint: the parsed `quantization_config`.
         layers: quantized layer to codebook id, under vLLM's names for the layers.
+        embedding: the quantized input embedding, likewise; None if it is not quantized.
         codebooks: the codebooks, once `maybe_update_config` has read them.
     """
 
@@ -50,9 +51,10 @@ class PCDVQConfig(QuantizationConfig):
             )
         self.checkpoint = checkpoint
         self.layers = dict(checkpoint.layers)
+        self.embedding = checkpoint.embedding
         self.codebooks: CodebookStore | None = None
         self._mappers: list[WeightsMapper] = []
-        self._weights_by_codebook: dict[str, list[int]] = {}
+        self._built: dict[str, list[tuple[str, int]]] = {}
         self._model_config: ModelConfig | None = None
         self._loaded_from: str | None = None
         self._logged = False
@@ -102,25 +104,31 @@ class PCDVQConfig(QuantizationConfig):
         if hf_to_vllm_mapper not in self._mappers:
             self._mappers.append(hf_to_vllm_mapper)
             self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+            if self.embedding is not None:
+                self.embedding = next(iter(hf_to_vllm_mapper.apply_list([self.embedding])), None)
 
     def spec(self, codebook: str) -> CodebookSpec:
         """Code layout of the codebook with this id."""
         return self.checkpoint.codebooks[codebook]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of the linear layer `prefix`, None for every other kind of layer.
+        """The method of the linear layer, embedding or output head `prefix`, else None.
 
         Raises:
             CheckpointError: the checkpoint treats the parts of a fused layer differently, or
-                quantizes a layer that is not a linear one.
+                quantizes a layer of another kind.
         """
         # Imported here because these modules bring the op library: `register` must stay light.
         from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+        from vllm_pcdvq.embedding import embedding_method
         from vllm_pcdvq.linear import CheckedUnquantizedLinearMethod, PCDVQLinearMethod
 
+        if isinstance(layer, VocabParallelEmbedding):
+            return embedding_method(self, layer, prefix)
         if not isinstance(layer, LinearBase):
-            self._refuse_quantized(layer, prefix)
+            self.refuse_quantized(layer, prefix)
             return None
         codebook = self._codebook_of(prefix)
         if codebook is None:
@@ -142,8 +150,8 @@ class PCDVQConfig(QuantizationConfig):
             )
         return next(iter(codebooks.values()))
 
-    def _refuse_quantized(self, layer: torch.nn.Module, prefix: str) -> None:
-        """Embeddings, the output layer and experts would silently get no weights."""
+    def refuse_quantized(self, layer: torch.nn.Module, prefix: str) -> None:
+        """Raise CheckpointError if `prefix` is quantized: it would silently get no weights."""
         inside = [name for name in self.layers if name == prefix or name.startswith(f"{prefix}.")]
         if inside:
             raise CheckpointError(
@@ -151,9 +159,9 @@ class PCDVQConfig(QuantizationConfig):
                 f"{type(layer).__name__} layers. Quantize again and leave it out."
             )
 
-    def add_layer(self, codebook: str, weights: int, model: ModelConfig | None) -> None:
+    def add_layer(self, kind: str, codebook: str, weights: int, model: ModelConfig | None) -> None:
         """Take note of a layer that this worker builds, and of the model it is part of."""
-        self._weights_by_codebook.setdefault(codebook, []).append(weights)
+        self._built.setdefault(kind, []).append((codebook, weights))
         if model is not None:
             self._model_config, self._loaded_from = model, model.model
 
@@ -178,12 +186,13 @@ class PCDVQConfig(QuantizationConfig):
         if self._logged:
             return
         self._logged = True
-        totals = {id: sum(weights) for id, weights in self._weights_by_codebook.items()}
-        bits = sum(self.spec(id).bits * total for id, total in totals.items())
-        logger.info(
-            "PCDVQ: %d linear layers, codebooks %s, on average %.3f bits per weight, kernels: %s",
-            sum(map(len, self._weights_by_codebook.values())),
-            ", ".join(f"{id} ({self.spec(id).bits:g} bits)" for id in sorted(totals)),
-            bits / sum(totals.values()),
-            backend,
-        )
+        for kind, layers in self._built.items():
+            bits = sum(self.spec(codebook).bits * weights for codebook, weights in layers)
+            logger.info(
+                "PCDVQ: %d %s, codebooks %s, on average %.3f bits per weight, kernels: %s",
+                len(layers),
+                kind,
+                ", ".join(sorted({codebook for codebook, _ in layers})),
+                bits / sum(weights for _, weights in layers),
+                backend,
+            )

@@ -27,7 +27,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from vllm_pcdvq.loading import DTYPES, LayerLoad
+from vllm_pcdvq.loading import DTYPES, LayerLoad, PackedLayer
 
 if TYPE_CHECKING:
     from vllm_pcdvq.config import PCDVQConfig
@@ -50,6 +50,8 @@ class PCDVQLinearMethod(LinearMethodBase):
         codewords  int8 [2 ** magnitude_bits * rows, vector_dim], shared by all layers
     """
 
+    kind = "linear layers"  # for the log
+
     def __init__(self, config: PCDVQConfig, prefix: str, codebook: str) -> None:
         self.config = config
         self.prefix = prefix
@@ -58,7 +60,7 @@ class PCDVQLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: LinearBase,
+        layer: PackedLayer,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -79,9 +81,8 @@ class PCDVQLinearMethod(LinearMethodBase):
         self.params_dtype = params_dtype
         rows, slots = sum(output_partition_sizes), len(output_partition_sizes)
         vllm_config = get_current_vllm_config_or_none()
-        self.config.add_layer(
-            self.codebook, rows * input_size_per_partition, vllm_config and vllm_config.model_config
-        )
+        model = vllm_config and vllm_config.model_config
+        self.config.add_layer(self.kind, self.codebook, rows * input_size_per_partition, model)
 
         loader = LayerLoad(
             self.prefix,
@@ -116,7 +117,7 @@ class PCDVQLinearMethod(LinearMethodBase):
             param.pcdvq_tensor = name
             layer.register_parameter(name, param)
 
-    def process_weights_after_loading(self, layer: LinearBase) -> None:
+    def process_weights_after_loading(self, layer: PackedLayer) -> None:
         """Check what was loaded and bring it into the form that the op takes.
 
         Raises:
@@ -131,10 +132,10 @@ class PCDVQLinearMethod(LinearMethodBase):
         layer.register_buffer("codewords", codewords, persistent=False)
         self.config.log_once(kernels_for(layer.qweight.device))
 
-    def _finish(self, layer: LinearBase) -> tuple[Tensor, Tensor]:
+    def _finish(self, layer: PackedLayer) -> tuple[Tensor, Tensor]:
         """Check the loaded parameters: float32 row_scale [N] and uint8 signs_in [K / 8]."""
         dummy = not layer.pcdvq_load.filled
-        layer.pcdvq_load.check_complete(layer.bias is not None)
+        layer.pcdvq_load.check_complete(getattr(layer, "bias", None) is not None)
         row_scale = layer.row_scale.data.float()
         if not row_scale.isfinite().all():
             state = "missing or not finite" if dummy else "not finite"
@@ -149,7 +150,7 @@ class PCDVQLinearMethod(LinearMethodBase):
             )
         return row_scale, signs_in[0].clone()
 
-    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: PackedLayer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N] in x's dtype, from x [..., K]."""
         return torch.ops.pcdvq.linear(
             x,
@@ -161,7 +162,7 @@ class PCDVQLinearMethod(LinearMethodBase):
             self.layout,
         )
 
-    def dequantize_weight(self, layer: LinearBase) -> Tensor:
+    def dequantize_weight(self, layer: PackedLayer) -> Tensor:
         """The dense weight [N, K] in the model's dtype; vLLM requantizes from it online."""
         row_scale, signs_in = self._finish(layer)
         codebooks = self.config.loaded_codebooks()

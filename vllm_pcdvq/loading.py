@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
+from typing import TypeAlias
 
 import torch
 from pcdvq_kernels.checkpoint import PACKED_TENSORS, QWEIGHT, REMEDY, ROW_SCALE, SIGNS_IN
@@ -19,10 +20,12 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 BIAS = "bias"
 DTYPES = {QWEIGHT: torch.uint8, ROW_SCALE: torch.bfloat16, SIGNS_IN: torch.uint8}
 QKV_SLOTS = ("q", "k", "v")
+PackedLayer: TypeAlias = LinearBase | VocabParallelEmbedding
 ShardId = str | int | tuple[int, ...] | None
 
 
@@ -48,7 +51,7 @@ class LayerLoad:
     load_bias: Callable[..., None]
     filled: dict[str, set[int]] = field(default_factory=dict)
 
-    def attach(self, layer: LinearBase) -> Callable[..., None]:
+    def attach(self, layer: PackedLayer) -> Callable[..., None]:
         """Make this the state of `layer`.
 
         Returns:
@@ -87,7 +90,7 @@ class LayerLoad:
 
 
 def load_tensor(
-    layer: LinearBase, param: Parameter, loaded_weight: Tensor, loaded_shard_id: ShardId = None
+    layer: PackedLayer, param: Parameter, loaded_weight: Tensor, loaded_shard_id: ShardId = None
 ) -> None:
     """Load one tensor of the checkpoint into a parameter of a quantized layer.
 
@@ -116,7 +119,7 @@ def load_tensor(
     state.filled.setdefault(tensor, set()).update(slots)
 
 
-def _check(layer: LinearBase, tensor: str, slots: list[int], loaded: Tensor) -> None:
+def _check(layer: PackedLayer, tensor: str, slots: list[int], loaded: Tensor) -> None:
     """Compare a tensor on disk with the format; vLLM would cut or convert what does not fit."""
     state: LayerLoad = layer.pcdvq_load
     name = f"{state.name}.{tensor}"
@@ -137,7 +140,7 @@ def _check(layer: LinearBase, tensor: str, slots: list[int], loaded: Tensor) -> 
         )
 
 
-def _rows_on_disk(layer: LinearBase, slots: list[int]) -> int | None:
+def _rows_on_disk(layer: PackedLayer, slots: list[int]) -> int | None:
     """Rows that the slots have on disk; None for layer classes with sharding rules of their own."""
     if type(layer) is QKVParallelLinear:
         heads = [layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads]
@@ -147,4 +150,6 @@ def _rows_on_disk(layer: LinearBase, slots: list[int]) -> int | None:
         return sum(layer.output_sizes[slot] for slot in slots)
     if type(layer) in (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear):
         return layer.output_size
+    if isinstance(layer, VocabParallelEmbedding):
+        return layer.org_vocab_size
     return None

@@ -69,6 +69,7 @@ struct Codec {
   // The octet whose first bit is bit `bit` from byte `byte` on.
   PCDVQ_INLINE Levels octet(const Row& row, int64_t byte, int64_t bit) const {
     const uint8_t* bytes = row.codes + byte;
+    if (DIM == 1) return Levels::load_codes(bytes + (bit >> 3));
     uint64_t rows[kCodes];
     uint64_t rotations[kCodes] = {};
     uint64_t signs = 0;
@@ -345,8 +346,8 @@ Decoder find_decoder(const PcdvqLayout& layout) {
   Decoder decoder = layout.vector_dim == 8   ? generic_decoder<8>(layout)
                     : layout.vector_dim == 4 ? generic_decoder<4>(layout)
                                              : generic_decoder<2>(layout);
-  match<8, 16, true, true>(layout, &decoder) || match<8, 18, true, true>(layout, &decoder) ||
-      match<8, 16, false, false>(layout, &decoder) ||
+  match<1, 8, false, false>(layout, &decoder) || match<8, 16, true, true>(layout, &decoder) ||
+      match<8, 18, true, true>(layout, &decoder) || match<8, 16, false, false>(layout, &decoder) ||
       match<8, 18, false, false>(layout, &decoder) ||
       match<4, 12, true, true>(layout, &decoder) || match<4, 16, true, false>(layout, &decoder) ||
       match<8, 16, true, true, 3>(layout, &decoder) ||

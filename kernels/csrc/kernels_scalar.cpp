@@ -18,6 +18,13 @@ struct Levels {
     return r;
   }
 
+  // Eight codes of one dimension, which are the levels themselves but for -128.
+  static Levels load_codes(const uint8_t* p) {
+    Levels r;
+    for (int i = 0; i < 8; ++i) r.v[i] = int8_t(p[i]) < -127 ? int8_t(-127) : int8_t(p[i]);
+    return r;
+  }
+
   Levels negate(uint64_t signs) const {
     Levels r;
     for (int i = 0; i < 8; ++i) r.v[i] = int8_t(v[i] * kSignMasks.factors[signs][i]);

@@ -3,12 +3,9 @@
 #include <cstdlib>
 #include <memory>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "isa.h"
 #include "numeric.h"
+#include "threads.h"
 
 namespace pcdvq {
 namespace {
@@ -30,14 +27,6 @@ Buffer allocate(int64_t floats) {
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
-}
-
-int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
 }
 
 struct Linear {

@@ -17,7 +17,7 @@ enum PcdvqIsa : int32_t {
   PCDVQ_ISA_AVX512 = 3
 };
 
-enum PcdvqStatus : int32_t { PCDVQ_OK = 0, PCDVQ_NO_MEMORY = 1, PCDVQ_NO_ISA = 2 };
+enum PcdvqStatus : int32_t { PCDVQ_OK = 0, PCDVQ_NO_MEMORY = 1, PCDVQ_NO_ISA = 2, PCDVQ_BAD_ID = 3 };
 
 struct PcdvqLayout {
   int64_t hadamard_block;
@@ -41,6 +41,18 @@ struct PcdvqLinear {
   int64_t m, n, k, row_bytes;
   PcdvqLayout layout;
   int32_t x_dtype, bias_dtype, threads, isa;
+};
+
+struct PcdvqEmbedding {
+  const int64_t* ids;         // [count]
+  const uint8_t* qweight;     // [n, row_bytes]
+  const float* row_scale;     // [n]
+  const uint8_t* signs_in;    // [k / 8]
+  const int8_t* codewords;    // as in PcdvqLinear
+  void* out;                  // dtype [count, k]
+  int64_t count, n, k, row_bytes;
+  PcdvqLayout layout;
+  int32_t dtype, threads, isa;
 };
 
 struct PcdvqNearest {
@@ -67,6 +79,10 @@ PCDVQ_API int32_t pcdvq_best_isa();
 
 // out = row_scale * (Q @ (H S x)) + bias. Returns a PcdvqStatus.
 PCDVQ_API int32_t pcdvq_linear(const PcdvqLinear* problem);
+
+// out[i] = row ids[i] of the dense weight R Q H S. An id outside of [0, n) is PCDVQ_BAD_ID, and
+// nothing is written.
+PCDVQ_API int32_t pcdvq_embedding(const PcdvqEmbedding* problem);
 
 // out[i] = argmax over c of x[i] . codewords[c] - bias[c], the lowest c of equals.
 PCDVQ_API int32_t pcdvq_nearest(const PcdvqNearest* problem);

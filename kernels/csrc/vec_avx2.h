@@ -21,6 +21,12 @@ struct Levels {
     return {_mm_insert_epi32(_mm_cvtsi32_si128(load_as<int32_t>(a)), load_as<int32_t>(b), 1)};
   }
 
+  // Eight codes of one dimension, which are the levels themselves but for -128.
+  static Levels load_codes(const uint8_t* p) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return {_mm_max_epi8(codes, _mm_set1_epi8(-127))};
+  }
+
   Levels negate(uint64_t signs) const {
     const auto* factors = reinterpret_cast<const __m128i*>(kSignMasks.factors[signs]);
     return {_mm_sign_epi8(v, _mm_loadu_si128(factors))};

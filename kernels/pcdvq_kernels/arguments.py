@@ -1,4 +1,4 @@
-"""Checks of `pcdvq::linear`'s arguments, the same for every backend."""
+"""Checks of the operators' arguments, the same for every backend."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pcdvq_kernels.errors import PCDVQError
 
 MAX_CODE_BITS = 24
 MAX_STATE_BITS = 4
+INT8_FIELDS = (1, 0, 0, 8, 0, 0, 0)  # of a layout whose codes are the levels
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,7 +57,9 @@ def _linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
     fields = LayoutFields(*layout)
     block = fields.hadamard_block
     problems = {
-        "vector_dim must be 2, 4 or 8": fields.vector_dim not in (2, 4, 8),
+        "vector_dim must be 2, 4 or 8, or 1 with 8 pattern bits alone": fields.vector_dim
+        not in (2, 4, 8)
+        and layout[1:] != INT8_FIELDS,
         "sign_bits must be 0 or vector_dim": fields.sign_bits not in (0, fields.vector_dim),
         "parity must be 0, or 1 with sign bits": fields.parity not in (0, 1)
         or fields.parity > fields.sign_bits,
@@ -99,17 +102,56 @@ def check_linear(
         raise PCDVQError(f"x is {_describe(x)}; expected bf16, fp16 or fp32 [..., K]")
     in_features = x.shape[-1]
     shape = _linear_shape(tuple(layout), in_features)
+    _check_weight(shape, in_features, (qweight, row_scale, signs_in, codewords), x.device)
+    if bias is not None:
+        if not bias.is_floating_point():
+            raise PCDVQError(f"bias is {_describe(bias)}; expected a float dtype")
+        _expect("bias", bias, bias.dtype, qweight.shape[:1], x.device)
+    return shape
+
+
+def check_embedding(
+    ids: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    layout: Sequence[int],
+    dtype: torch.dtype,
+) -> LinearShape:
+    """Raise PCDVQError unless the arguments of `pcdvq::embedding` fit together."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise PCDVQError(f"ids is {_describe(ids)}; expected int32 or int64")
+    if dtype not in ACTIVATION_DTYPES:
+        raise PCDVQError(f"dtype is {dtype}; expected bf16, fp16 or fp32")
+    in_features = 8 * signs_in.numel()
+    shape = _linear_shape(tuple(layout), in_features)
+    _check_weight(shape, in_features, (qweight, row_scale, signs_in, codewords), ids.device)
+    return shape
+
+
+def check_ids(ids: Tensor, rows: int) -> None:
+    """Raise PCDVQError unless every id is a row of an embedding of `rows` rows."""
+    if ids.numel():
+        lowest, highest = (int(bound) for bound in ids.aminmax())
+        if lowest < 0 or highest >= rows:
+            raise PCDVQError(
+                f"ids lie in [{lowest}, {highest}]; the embedding has rows 0 to {rows - 1}"
+            )
+
+
+def _check_weight(
+    shape: LinearShape,
+    in_features: int,
+    weight: tuple[Tensor, Tensor, Tensor, Tensor],
+    device: torch.device,
+) -> None:
+    qweight, row_scale, signs_in, codewords = weight
     rows = qweight.shape[:1]  # (N,)
-    device = x.device
     _expect("qweight", qweight, torch.uint8, (*rows, shape.row_bytes), device)
     _expect("row_scale", row_scale, torch.float32, rows, device)
     _expect("signs_in", signs_in, torch.uint8, (in_features // 8,), device)
     _expect("codewords", codewords, torch.int8, shape.codewords_shape, device)
-    if bias is not None:
-        if not bias.is_floating_point():
-            raise PCDVQError(f"bias is {_describe(bias)}; expected a float dtype")
-        _expect("bias", bias, bias.dtype, rows, device)
-    return shape
 
 
 def _expect(

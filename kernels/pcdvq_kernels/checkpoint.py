@@ -83,16 +83,32 @@ class Checkpoint:
 
     @property
     def codebook_bytes(self) -> int:
-        return sum(
-            tables.directions.numel() + tables.magnitudes.numel()
-            for tables in self.codebooks.values()
-        )
+        return self._codebook_bytes(self.codebooks)
+
+    @property
+    def linears(self) -> dict[str, LayerInfo]:
+        """The quantized layers without embedding and output head."""
+        embeddings = self.config.embeddings
+        return {name: layer for name, layer in self.layers.items() if name not in embeddings}
 
     @property
     def bits_per_weight(self) -> float:
-        """All stored bits of the quantized layers and codebooks over their weights."""
-        packed = sum(layer.bytes for layer in self.layers.values()) + self.codebook_bytes
-        return 8 * packed / sum(layer.weights for layer in self.layers.values())
+        """All stored bits of the quantized linear layers and their codebooks over their weights."""
+        return self._bits_per_weight(self.linears)
+
+    @property
+    def bits_per_weight_with_embeddings(self) -> float:
+        """`bits_per_weight` of linear layers, embedding and output head, those quantized."""
+        return self._bits_per_weight(self.layers)
+
+    def _bits_per_weight(self, layers: dict[str, LayerInfo]) -> float:
+        used = {layer.codebook for layer in layers.values()}
+        packed = sum(layer.bytes for layer in layers.values()) + self._codebook_bytes(used)
+        return 8 * packed / max(1, sum(layer.weights for layer in layers.values()))
+
+    def _codebook_bytes(self, ids: Iterable[str]) -> int:
+        tables = [self.codebooks[id] for id in ids]
+        return sum(book.directions.numel() + book.magnitudes.numel() for book in tables)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:

@@ -41,6 +41,8 @@ class Codebook:
                 f"codebook magnitudes lie in [{smallest}, {largest}], the format's limits are "
                 f"[1, {MAX_MAGNITUDE}]"
             )
+        if spec.codec == "int8" and not torch.equal(self.codewords(), int8_directions()):
+            raise CheckpointError("codebook directions are not those of codec int8 (FORMAT.md)")
         highest = int(self._levels().abs().max())
         if highest > MAX_LEVEL:
             raise CheckpointError(f"codebook levels reach {highest}, over the limit {MAX_LEVEL}")
@@ -122,6 +124,11 @@ def code_states(codes: Tensor, code_bits: int, state_bits: int) -> Tensor:
     states[1:] = codes[:-1] >> (code_bits - state_bits)
     states[::SEGMENT_ROWS] = 0
     return states
+
+
+def int8_directions() -> Tensor:
+    """The directions of codec `int8`, int8 [256, 1]: codes are two's complement, -128 is -127."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.int8).clamp(-MAX_LEVEL).view(-1, 1)
 
 
 def _sign_matrix(codes: Tensor, vector_dim: int) -> Tensor:

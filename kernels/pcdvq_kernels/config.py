@@ -19,8 +19,8 @@ class CodebookSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    codec: Literal["signed", "e8", "trellis"]
-    vector_dim: Literal[2, 4, 8]
+    codec: Literal["signed", "e8", "trellis", "int8"]
+    vector_dim: Literal[1, 2, 4, 8]
     signs: bool
     parity: bool
     pattern_bits: int = Field(ge=1, le=16)
@@ -45,6 +45,10 @@ class CodebookSpec(BaseModel):
             raise ValueError("states and rotations are bits of the pattern")
         if self.state_bits + self.pattern_bits - self.rotation_bits > 16:
             raise ValueError("the direction table is over the limit of 2^17 rows")
+        if (self.codec == "int8") != (self.vector_dim == 1):
+            raise ValueError("vector_dim is 1 for codec int8 and for no other")
+        if self.codec == "int8" and (self.code_bits, self.rows, self.shift) != (8, 256, 0):
+            raise ValueError("codec int8 has 8 pattern bits, nothing else in its codes, no shift")
         return self
 
     @property
@@ -93,6 +97,8 @@ class PCDVQCheckpointConfig(BaseModel):
     hadamard_blocks: dict[str, int]
     max_tp: int = Field(ge=1)
     modules_to_not_convert: list[str]
+    embedding: str | None = None
+    head: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> PCDVQCheckpointConfig:
@@ -100,6 +106,9 @@ class PCDVQCheckpointConfig(BaseModel):
             if codebook not in self.codebooks:
                 known = ", ".join(sorted(self.codebooks))
                 raise ValueError(f"layer {layer}: unknown codebook {codebook!r}; known: {known}")
+        for name in self.embeddings:
+            if name not in self.layers:
+                raise ValueError(f"embedding or head {name} is not among the layers")
         for in_features, block in self.hadamard_blocks.items():
             if not in_features.isdecimal() or int(in_features) < 8:
                 raise ValueError(f"hadamard_blocks: {in_features!r} is not an input size")
@@ -138,6 +147,11 @@ class PCDVQCheckpointConfig(BaseModel):
             raise CheckpointError(
                 "bad quantization_config in config.json: " + "; ".join(lines)
             ) from error
+
+    @property
+    def embeddings(self) -> list[str]:
+        """The quantized layers that hold a vector per token: input embedding and output head."""
+        return [name for name in (self.embedding, self.head) if name is not None]
 
     def block(self, in_features: int) -> int:
         """Hadamard block for layers of `in_features` columns."""

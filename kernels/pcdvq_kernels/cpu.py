@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pcdvq_kernels.arguments import (
     ACTIVATION_DTYPES,
+    check_embedding,
+    check_ids,
     check_linear,
     check_nearest,
     check_trellis,
@@ -25,10 +27,13 @@ ISAS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY = 1
+_BAD_ID = 3
 
 
 # PcdvqLinear of kernels/csrc/pcdvq.h. Packing takes a third of what a ctypes.Structure takes.
 _LINEAR = struct.Struct("7P12q4i")
+# PcdvqEmbedding, likewise.
+_EMBEDDING = struct.Struct("6P12q3i")
 
 
 class _Nearest(ctypes.Structure):
@@ -60,6 +65,7 @@ def _library() -> ctypes.CDLL | str:
     except OSError as error:
         return str(error)
     library.pcdvq_linear.argtypes = (ctypes.c_char_p,)
+    library.pcdvq_embedding.argtypes = (ctypes.c_char_p,)
     library.pcdvq_nearest.argtypes = (ctypes.POINTER(_Nearest),)
     library.pcdvq_trellis.argtypes = (ctypes.POINTER(_Trellis),)
     return library
@@ -165,6 +171,56 @@ def linear(
     )
     if status:
         _raise_status(status, f"pcdvq::linear [{m}, {k}] x [{n}, {k}]")
+    return out
+
+
+def embedding(
+    ids: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    layout: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    isa: str = "auto",
+) -> Tensor:
+    """`pcdvq::embedding` on the CPU; the arguments are the op's (see `ops`).
+
+    Args:
+        isa: "auto" or one of `isas()`.
+
+    Raises:
+        PCDVQError: an id that is no row, other arguments that do not fit together, or an
+            unavailable `isa`.
+    """
+    library = _loaded()
+    fields, row_bytes, _ = check_embedding(
+        ids, qweight, row_scale, signs_in, codewords, layout, dtype
+    )
+    _check_device(ids)
+    n, k = qweight.shape[0], 8 * signs_in.numel()
+    ids = ids.long().contiguous()
+    out = torch.empty((*ids.shape, k), dtype=dtype)
+    status = library.pcdvq_embedding(
+        _EMBEDDING.pack(
+            ids.data_ptr(),
+            qweight.data_ptr(),
+            row_scale.data_ptr(),
+            signs_in.data_ptr(),
+            codewords.data_ptr(),
+            out.data_ptr(),
+            *(ids.numel(), n, k, row_bytes),
+            *fields,
+            _DTYPES[dtype],
+            torch.get_num_threads(),
+            0 if isa == "auto" else _isa_number(isa),
+        )
+    )
+    if status == _BAD_ID:
+        check_ids(ids, n)
+    if status:
+        _raise_status(status, f"pcdvq::embedding {list(ids.shape)} of [{n}, {k}]")
     return out
 
 

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from pcdvq_kernels import cpu
-from pcdvq_kernels.arguments import LayoutFields, check_linear, check_nearest, check_trellis
+from pcdvq_kernels.arguments import (
+    LayoutFields,
+    check_embedding,
+    check_ids,
+    check_linear,
+    check_nearest,
+    check_trellis,
+)
 from pcdvq_kernels.codebook import code_states, rotated_coordinates
 from pcdvq_kernels.config import SEGMENT_ROWS
-from pcdvq_kernels.packing import unpack_codes
+from pcdvq_kernels.hadamard import block_hadamard
+from pcdvq_kernels.packing import unpack_codes, unpack_signs
 from pcdvq_kernels.reference import rotate_activations
 
 # Bounds scratch: unpacking holds a few int64 per weight of a chunk.
@@ -43,6 +51,32 @@ def linear(
         part = rotated @ levels.T * row_scale[rows]
         y[:, rows] = part if bias is None else part + bias[rows].float()
     return y.view(*x.shape[:-1], out_features)
+
+
+def embedding(
+    ids: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    layout: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`pcdvq::embedding` in torch, a chunk of ids at a time; slow. Arguments as in `ops`."""
+    shape = check_embedding(ids, qweight, row_scale, signs_in, codewords, layout, dtype)
+    warn_slow(ids.device.type)
+    if ids.device.type == "cpu":  # elsewhere looking would wait for the device, which checks itself
+        check_ids(ids, qweight.shape[0])
+    signs, block = unpack_signs(signs_in), shape.layout.hadamard_block
+    flat = ids.flatten().long()
+    out = torch.empty(flat.shape[0], signs.shape[0], dtype=dtype, device=ids.device)
+    chunk = max(1, CHUNK_WEIGHTS // signs.shape[0])
+    for first in range(0, flat.shape[0], chunk):
+        rows = flat[first : first + chunk]
+        levels = decode_levels(qweight[rows], codewords, shape.layout, signs.shape[0])
+        dense = block_hadamard(levels, block) * signs * row_scale[rows].unsqueeze(1)
+        out[first : first + chunk] = dense
+    return out.view(*ids.shape, -1)
 
 
 def decode_levels(

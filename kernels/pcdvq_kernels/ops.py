@@ -1,4 +1,6 @@
-"""The `pcdvq::linear` operator: y = R (Q H S x) + b from packed codes (FORMAT.md).
+"""The operators on packed codes (FORMAT.md).
+
+y = R (Q H S x) + b:
 
     torch.ops.pcdvq.linear(x, qweight, row_scale, signs_in, codewords, bias, layout) -> Tensor
 
@@ -11,9 +13,19 @@
     layout     `Layout(...).to_ints()`
     returns    x.dtype [..., N]
 
-Importing this module registers the operator. It raises PCDVQError (a ValueError) for arguments
-that do not fit together. On the CPU the result for a row of x does not depend on the other rows
-or on the number of threads.
+Rows of the dense weight R Q H S, of which only those asked for are decoded:
+
+    torch.ops.pcdvq.embedding(
+        ids, qweight, row_scale, signs_in, codewords, layout, dtype) -> Tensor
+
+    ids        int32 or int64 [...], each in [0, N)
+    dtype      bf16, fp16 or fp32
+    returns    dtype [..., K], a new tensor
+
+Importing this module registers the operators. They raise PCDVQError (a ValueError) for arguments
+that do not fit together; on the CPU also for ids that are no rows, elsewhere the device reports
+those as it does for any index. On the CPU the result for a row of x or an id does not depend on
+the others or on the number of threads.
 """
 
 from __future__ import annotations
@@ -79,6 +91,31 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
+def _embedding_cpu(
+    ids: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    layout: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    run = cpu.embedding if cpu.available() else fallback.embedding
+    return run(ids, qweight, row_scale, signs_in, codewords, layout, dtype)
+
+
+def _embedding_fake(
+    ids: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    layout: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return ids.new_empty(*ids.shape, 8 * signs_in.shape[0], dtype=dtype)
+
+
 # Registrations last as long as this object.
 _LIBRARY = torch.library.Library("pcdvq", "DEF")
 _LIBRARY.define(
@@ -86,6 +123,14 @@ _LIBRARY.define(
     "Tensor? bias, int[] layout) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_LIBRARY.define(
+    "embedding(Tensor ids, Tensor qweight, Tensor row_scale, Tensor signs_in, Tensor codewords, "
+    "int[] layout, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _LIBRARY.impl("linear", fallback.linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear", _linear_cpu, "CPU")
+_LIBRARY.impl("embedding", fallback.embedding, "CompositeExplicitAutograd")
+_LIBRARY.impl("embedding", _embedding_cpu, "CPU")
 torch.library.register_fake("pcdvq::linear", _linear_fake, lib=_LIBRARY)
+torch.library.register_fake("pcdvq::embedding", _embedding_fake, lib=_LIBRARY)

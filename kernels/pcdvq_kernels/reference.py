@@ -39,6 +39,18 @@ def dequantize(
     return block_hadamard(levels, block) * unpack_signs(signs_in) * row_scale.float().unsqueeze(1)
 
 
+def embedding(
+    ids: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codebook: Codebook,
+    block: int,
+) -> Tensor:
+    """Rows `ids` (int [...]) of W', fp32 [..., K]."""
+    return dequantize(qweight, row_scale, signs_in, codebook, block)[ids.long()]
+
+
 def linear(
     x: Tensor,
     qweight: Tensor,

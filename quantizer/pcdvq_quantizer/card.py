@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from pcdvq_kernels.checkpoint import open_checkpoint
 
+from pcdvq_quantizer.inspection import describe_rate
 from pcdvq_quantizer.sources import Source
 
 TEMPLATE = """---
@@ -20,8 +21,8 @@ are stored as a direction index and a magnitude index.
 
 | | |
 | --- | --- |
-| quantized linear layers | {{ layers }} |
-| bits per weight (codes, row scales, signs, codebooks) | {{ bits }} |
+| quantized | {{ rate }} |
+| counted in bits per weight | codes, row scales, signs, codebooks |
 | codebooks | {{ codebooks }} |
 | size of all tensors | {{ mib }} MiB |
 | left unquantized | {{ skipped }} |
@@ -49,7 +50,7 @@ def write_model_card(directory: Path, source: Source) -> None:
         template_str=TEMPLATE,
         model=Path(source.name).name,
         bits=f"{checkpoint.bits_per_weight:.2f}",
-        layers=len(checkpoint.layers),
+        rate=describe_rate(checkpoint),
         codebooks=", ".join(checkpoint.codebooks),
         mib=f"{sum(tensor.bytes for tensor in checkpoint.tensors.values()) / 2**20:.1f}",
         skipped=", ".join(checkpoint.config.modules_to_not_convert) or "none",

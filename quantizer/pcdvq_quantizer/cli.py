@@ -26,6 +26,7 @@ class Codec(StrEnum):
     signed = "signed"
     trellis = "trellis"
     e8 = "e8"
+    int8 = "int8"
 
 
 @app.callback()
@@ -44,16 +45,20 @@ def quantize(
         float,
         typer.Option(
             help="Bits per weight: 2, 2.25, 3, 4, or an average between: each layer then gets a "
-            "rate by its sensitivity."
+            "rate by its sensitivity. 8 with codec int8."
         ),
     ] = 4.0,
     codec: Annotated[
         Codec,
         typer.Option(
             help="signed: fast default; trellis: smaller error, slower; "
-            "e8: the paper's codebook (2 and 2.25)."
+            "e8: the paper's codebook (2 and 2.25); int8: 8 bits."
         ),
     ] = Codec.signed,
+    embedding_bits: Annotated[
+        int,
+        typer.Option(help="Bits of input embedding and output head: 4, 8, or 16 to leave them."),
+    ] = 16,
     max_tp: Annotated[
         int, typer.Option(help="Largest tensor-parallel size to allow where sizes permit.")
     ] = 8,
@@ -70,12 +75,14 @@ def quantize(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Quantize MODEL into the PCDVQ checkpoint OUT."""
+    from pcdvq_quantizer.inspection import describe_rate
     from pcdvq_quantizer.plan import QuantizeOptions, make_plan
     from pcdvq_quantizer.run import quantize_model
 
     options = QuantizeOptions(
         bits=bits,
         codec=codec.value,
+        embedding_bits=embedding_bits,
         max_tp=max_tp,
         seed=seed,
         calibration=calibration,
@@ -89,8 +96,7 @@ def quantize(
     with Bars(console) as bars:
         checkpoint = quantize_model(plan, out, overwrite, bars)
     console.print(
-        f"{out}: {len(checkpoint.layers)} layers at {checkpoint.bits_per_weight:.3f} bits per "
-        f"weight. Serve it with: vllm serve {out} --quantization pcdvq",
+        f"{out}: {describe_rate(checkpoint)}. Serve it with: vllm serve {out} --quantization pcdvq",
         highlight=False,
         soft_wrap=True,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pcdvq_kernels.codebook import Codebook, expand_patterns
+from pcdvq_kernels.codebook import MAX_LEVEL, Codebook, expand_patterns
 from pcdvq_kernels.nearest import nearest_codeword
 from pcdvq_kernels.trellis import trellis_codes
 from torch import Tensor
@@ -16,7 +16,7 @@ class Encoder:
     codecs a group is encoded by itself: by a direction chosen by its angle to the group and a
     magnitude by the group's length, as in the paper (arXiv 2506.05432, section 3.2), for `e8`; by
     the pair nearest to the group in Euclidean distance for `signed`, whose patterns have lengths of
-    their own.
+    their own; weight by weight for `int8`.
     """
 
     def __init__(self, codebook: Codebook) -> None:
@@ -31,7 +31,7 @@ class Encoder:
             stride = 2 if spec.parity else 1
             # One sub-table per parity of the sign bits: rows 2 * pattern + parity.
             self._tables = [_Table.euclidean(codewords[parity::stride]) for parity in range(stride)]
-        else:
+        elif spec.codec == "e8":
             self._directions = _Table.angular(codebook.directions.float())
             self._lengths = _direction_lengths(codebook)
 
@@ -51,6 +51,8 @@ class Encoder:
         if spec.state_bits:
             weight = torch.ones(len(x)) if row_weight is None else row_weight
             return trellis_codes(x, weight, self._patterns, spec.parity, spec.state_bits).long()
+        if spec.codec == "int8":
+            return x.round().clamp(-MAX_LEVEL, MAX_LEVEL).long()[..., 0] & 0xFF
         encode = self._encode_signed if spec.signs else self._encode_table
         return encode(x.reshape(-1, spec.vector_dim)).view(x.shape[:2])
 

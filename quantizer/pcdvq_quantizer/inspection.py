@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pcdvq_kernels.checkpoint import REPORT_FILE, open_checkpoint, read_json
+from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint, open_checkpoint, read_json
 from rich.console import Console
 from rich.table import Table
 
@@ -25,10 +25,12 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """All rows and the totals; sizes in bytes."""
+    """All rows and the totals; sizes in bytes, `rate` as in `describe_rate`."""
 
     layers: list[LayerRow]
+    rate: str
     bits_per_weight: float
+    bits_per_weight_with_embeddings: float
     packed_bytes: int
     codebook_bytes: int
     unquantized_bytes: int
@@ -55,8 +57,7 @@ class CheckpointSummary:
         console.print(table)
         mib = 2**20
         console.print(
-            f"{len(self.layers)} quantized layers: {self.bits_per_weight:.3f} bits per weight "
-            f"(codes, row scales, signs and {self.codebook_bytes} bytes of codebooks), "
+            f"{self.rate} (codes, row scales, signs and {self.codebook_bytes} bytes of codebooks), "
             f"{self.packed_bytes / mib:.1f} MiB; other tensors "
             f"{self.unquantized_bytes / mib:.1f} MiB",
             highlight=False,
@@ -88,12 +89,24 @@ def inspect_checkpoint(directory: Path) -> CheckpointSummary:
     total = sum(tensor.bytes for tensor in checkpoint.tensors.values())
     return CheckpointSummary(
         rows,
+        describe_rate(checkpoint),
         checkpoint.bits_per_weight,
+        checkpoint.bits_per_weight_with_embeddings,
         packed,
         checkpoint.codebook_bytes,
         total - packed,
         checkpoint.config.modules_to_not_convert,
     )
+
+
+def describe_rate(checkpoint: Checkpoint) -> str:
+    """Bits per weight of the linear layers, and with the embeddings where those are quantized."""
+    count, bits = len(checkpoint.linears), checkpoint.bits_per_weight
+    text = f"{count} linear layers at {bits:.3f} bits per weight"
+    if embeddings := checkpoint.config.embeddings:
+        bits = checkpoint.bits_per_weight_with_embeddings
+        text += f", {bits:.3f} with {' and '.join(embeddings)}"
+    return text
 
 
 def _recorded_errors(directory: Path) -> dict[str, float]:

@@ -15,6 +15,8 @@ from pcdvq_kernels.hadamard import choose_block
 from torch import Tensor
 
 from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook, offered_rates
+from pcdvq_quantizer.embeddings import UNQUANTIZED_BITS, get_embedding_codebook
+from pcdvq_quantizer.layer import QuantizedLinear, check_finite, quantize_linear
 from pcdvq_quantizer.selection import Selection, select_layers
 from pcdvq_quantizer.sources import Source, open_source
 
@@ -30,7 +32,8 @@ class QuantizeOptions:
         bits: a nominal rate of `codebooks.OFFERED[codec]` for every layer, or any average between
             them: then each layer gets a rate by its sensitivity, and all that is stored of the
             quantized layers stays within `bits` per weight.
-        codec: `signed`, `trellis` or `e8`.
+        codec: one of `codebooks.OFFERED`.
+        embedding_bits: of input embedding and output head, 4, 8, or 16 to leave them as they are.
         max_tp: largest tensor-parallel size to keep possible where K allows.
         seed: of the input signs and the calibration text.
         calibration: a text or JSONL file, a `datasets` name, SELF, or NONE.
@@ -40,6 +43,7 @@ class QuantizeOptions:
 
     bits: float = 4.0
     codec: str = "signed"
+    embedding_bits: int = UNQUANTIZED_BITS
     max_tp: int = 8
     seed: int = 0
     calibration: str = SELF
@@ -110,8 +114,15 @@ class Plan:
         layers = {f"{name}.weight" for name in self.selection.layers}
         copied = sum(self.source.bytes(name) for name in self.source.shapes if name not in layers)
         if self.options.is_mixed:
-            return copied + int(self.options.bits * self.weights / 8)
+            packed = sum(map(self.packed_bytes, self.selection.stored_embeddings))
+            return copied + packed + self.linear_budget // 8
         return copied + sum(map(self.packed_bytes, self.selection.layers))
+
+    @property
+    def linear_budget(self) -> int:
+        """Bits that `options.bits` allow for all linear layers."""
+        sizes = (rows * columns for rows, columns in map(self.shape, self.selection.linears))
+        return int(self.options.bits * sum(sizes))
 
     @property
     def distinct_codebooks(self) -> list[NamedCodebook]:
@@ -131,6 +142,8 @@ class Plan:
             hadamard_blocks={str(k): choose_block(k, max_tp) for k in sorted(in_features)},
             max_tp=max_tp,
             modules_to_not_convert=list(self.selection.skipped),
+            embedding=self.selection.embedding,
+            head=self.selection.head,
         )
 
     def fingerprint(self) -> dict[str, object]:
@@ -154,13 +167,17 @@ def make_plan(model: str, options: QuantizeOptions) -> Plan:
     options.check()
     rate = offered_rates(options.codec)[0] if options.is_mixed else options.bits
     codebook = get_codebook(options.codec, rate)
+    embedding_codebook = get_embedding_codebook(options.embedding_bits)
     source = open_source(model)
     if method := source.config.get("quantization_config", {}).get("quant_method"):
         raise PCDVQError(
             f"{model} is already quantized ({method}); quantize the original model instead"
         )
-    selection = select_layers(source)
-    return Plan(source, options, selection, dict.fromkeys(selection.layers, codebook))
+    selection = select_layers(source, embeddings=embedding_codebook is not None)
+    codebooks = dict.fromkeys(selection.layers, codebook)
+    if embedding_codebook is not None:
+        codebooks |= dict.fromkeys(selection.stored_embeddings, embedding_codebook)
+    return Plan(source, options, selection, codebooks)
 
 
 def _sha256(data: bytes) -> str:
@@ -174,3 +191,16 @@ def input_signs(in_features: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + in_features)
     return 1.0 - 2.0 * torch.randint(0, 2, (in_features,), generator=generator).float()
+
+
+def quantize_uncalibrated(plan: Plan, name: str) -> QuantizedLinear:
+    """Layer `name` of the plan, each group rounded to its nearest code.
+
+    Raises:
+        PCDVQError: its weight is not finite.
+    """
+    weight = plan.source.load(f"{name}.weight")
+    check_finite(weight, name, plan.source.name)
+    in_features = weight.shape[1]
+    signs = input_signs(in_features, plan.options.seed)
+    return quantize_linear(weight, plan.codebooks[name], signs, plan.config.block(in_features))

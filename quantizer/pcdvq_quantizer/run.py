@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pcdvq_quantizer.calibration.run import calibrate
 from pcdvq_quantizer.card import write_model_card
-from pcdvq_quantizer.layer import LayerError, QuantizedLinear, check_finite, quantize_linear
-from pcdvq_quantizer.plan import NONE, Plan, input_signs
+from pcdvq_quantizer.layer import LayerError
+from pcdvq_quantizer.plan import NONE, Plan, quantize_uncalibrated
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import CheckpointWriter, Shard, plan_shards
 
@@ -44,7 +44,7 @@ def quantize_model(
             if not writer.is_written(shard):
                 _make_shard(plan, shard, writer, progress)
         errors = writer.finish(shards, plan.distinct_codebooks)
-        quantization_config = plan.config.model_dump()
+        quantization_config = plan.config.model_dump(exclude_none=True)
         writer.write_json(
             "config.json", source.config | {"quantization_config": quantization_config}
         )
@@ -67,21 +67,11 @@ def _make_shard(plan: Plan, shard: Shard, writer: CheckpointWriter, progress: Pr
     for name in shard.layers:
         layer = writer.read_layer(name)
         if layer is None:
-            layer = _quantize_layer(plan, name)
+            layer = quantize_uncalibrated(plan, name)
             writer.write_layer(name, layer)
-        if plan.options.calibration == NONE:
             rows, columns = plan.shape(name)
             progress.advance(rows * columns)
         tensors |= layer.tensors(prefix=f"{name}.")
         errors[name] = layer.error
     tensors |= {name: plan.source.load(name).contiguous() for name in shard.copied}
     writer.write_shard(shard, tensors, errors)
-
-
-def _quantize_layer(plan: Plan, name: str) -> QuantizedLinear:
-    """Quantize without calibration."""
-    weight = plan.source.load(f"{name}.weight")
-    check_finite(weight, name, plan.source.name)
-    in_features = weight.shape[1]
-    signs = input_signs(in_features, plan.options.seed)
-    return quantize_linear(weight, plan.codebooks[name], signs, plan.config.block(in_features))

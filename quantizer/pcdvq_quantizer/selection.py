@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from pcdvq_kernels.errors import PCDVQError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.sources import Source
 
 MIN_FEATURES = 8
-# Output heads are left in their own precision; routers are tiny, and vLLM never quantizes them.
+# Output heads are left in their own precision, unless asked for with the embeddings; routers are
+# tiny, and vLLM never quantizes them.
 DEFAULT_SKIP = ("lm_head", "*.lm_head", "*.gate", "*.router", "*.shared_expert_gate")
 
 
@@ -25,12 +27,29 @@ class Selection:
     """Result of `select_layers`.
 
     Attributes:
-        layers: names of the linear layers to quantize, in stored order.
+        layers: names of the layers to quantize, in stored order: linear layers and the two below.
         skipped: matrix-shaped parameters left as they are, with the reason.
+        embedding: the input embedding, where it is quantized.
+        head: the output head, where it is quantized; a tied one has no tensors of its own.
     """
 
     layers: list[str]
     skipped: dict[str, str]
+    embedding: str | None = None
+    head: str | None = None
+
+    @property
+    def linears(self) -> list[str]:
+        """The layers that are neither input embedding nor output head."""
+        return [name for name in self.layers if name not in self.embeddings]
+
+    @property
+    def stored_embeddings(self) -> list[str]:
+        return [name for name in self.layers if name in self.embeddings]
+
+    @property
+    def embeddings(self) -> list[str]:
+        return [name for name in (self.embedding, self.head) if name is not None]
 
     def skipped_lines(self) -> list[str]:
         """One line for each kind of skipped parameter; numbered ones are counted together."""
@@ -44,22 +63,32 @@ class Selection:
         ]
 
 
-def select_layers(source: Source, skip: tuple[str, ...] = DEFAULT_SKIP) -> Selection:
+def select_layers(
+    source: Source, skip: tuple[str, ...] = DEFAULT_SKIP, embeddings: bool = False
+) -> Selection:
     """Find the linear layers of `source` that the format can hold.
+
+    Args:
+        source: the model.
+        skip: patterns of layer names to leave as they are.
+        embeddings: whether input embedding and output head are quantized too, skipped or not.
 
     Raises:
         PCDVQError: the architecture is unknown, or nothing of it can be quantized.
     """
     architecture = ", ".join(source.config.get("architectures") or ["unknown architecture"])
-    linears = _linear_names(source.config, architecture)
+    model = _build_empty(source.config, architecture)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    roles = find_embeddings(model) if embeddings else (None, None)
     layers, skipped = [], {}
     for tensor, shape in source.shapes.items():
         name, _, suffix = tensor.rpartition(".")
         if len(shape) < 2:
             continue
-        if suffix != "weight" or name not in linears:
+        wanted = suffix == "weight" and name in roles
+        if not wanted and (suffix != "weight" or name not in linears):
             skipped[tensor if suffix != "weight" else name] = "not a linear layer"
-        elif any(fnmatchcase(name, pattern) for pattern in skip):
+        elif not wanted and any(fnmatchcase(name, pattern) for pattern in skip):
             skipped[name] = "skipped by name"
         elif shape[1] % 8 or min(shape) < MIN_FEATURES:
             skipped[name] = (
@@ -67,25 +96,25 @@ def select_layers(source: Source, skip: tuple[str, ...] = DEFAULT_SKIP) -> Selec
             )
         else:
             layers.append(name)
-    if not layers:
+    if not set(layers).difference(roles):
         reasons = sorted({f"{name}: {reason}" for name, reason in skipped.items()})[:3]
         raise PCDVQError(
             f"nothing to quantize in {source.name} ({architecture}); for instance "
             f"{'; '.join(reasons)}. PCDVQ quantizes the torch.nn.Linear layers of causal LMs"
         )
-    return Selection(layers, skipped)
+    embedding, head = (name if name in layers else None for name in roles)
+    return Selection(layers, skipped, embedding, head)
 
 
-def _linear_names(config: dict[str, Any], architecture: str) -> set[str]:
-    """Names of the `nn.Linear` modules of the model that `config` describes."""
+def _build_empty(config: dict[str, Any], architecture: str) -> PreTrainedModel:
+    """The model that `config` describes, without its weights."""
     fields = {key: value for key, value in config.items() if key != "model_type"}
     try:
         hf_config = AutoConfig.for_model(config["model_type"], **fields)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config)
+            return AutoModelForCausalLM.from_config(hf_config)
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise PCDVQError(
             f"{architecture} is not a causal language model that this transformers release knows "
             f"({str(error).splitlines()[0]}); upgrade transformers or choose another model"
         ) from error
-    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}

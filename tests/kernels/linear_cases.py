@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 from pcdvq_kernels import reference
-from pcdvq_kernels.codebook import MAX_LEVEL, Codebook
+from pcdvq_kernels.codebook import MAX_LEVEL, Codebook, int8_directions
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.ops import Layout
 from torch import Tensor
@@ -52,6 +52,15 @@ SPECS = {
     "generic-trellis-2x8": _spec(2, True, False, 6, 0, state_bits=3),
     "generic-trellis-2x7": _spec(2, True, True, 5, 0, rotation_bits=1, state_bits=2),
     "generic-2x8": _spec(2, True, False, 5, 1),
+    "int8": CodebookSpec(
+        codec="int8",
+        vector_dim=1,
+        signs=False,
+        parity=False,
+        pattern_bits=8,
+        magnitude_bits=0,
+        shift=0,
+    ),
     "e8-16": _spec(8, False, False, 14, 2),
     "e8-18": _spec(8, False, False, 16, 2),
     "generic-8x1": _spec(8, False, False, 1, 0),
@@ -88,6 +97,10 @@ class Case:
             layout,
         )
 
+    def embedding_args(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> tuple:
+        _, *weight, _, layout = self.args()
+        return ids, *weight, layout, dtype
+
     def reference(self) -> Tensor:
         return reference.linear(
             self.x,
@@ -97,6 +110,11 @@ class Case:
             self.codebook,
             self.block,
             self.bias,
+        )
+
+    def embedding_reference(self, ids: Tensor) -> Tensor:
+        return reference.embedding(
+            ids, self.qweight, self.row_scale, self.signs_in, self.codebook, self.block
         )
 
     def error_scale(self) -> float:
@@ -113,6 +131,9 @@ def random_codebook(codec: str) -> tuple[Codebook, Tensor]:
     """A codebook and its codewords; large ones take a while to make."""
     generator = torch.Generator().manual_seed(len(codec))
     spec = SPECS[codec]
+    if codec == "int8":
+        codebook = Codebook(spec, int8_directions(), torch.ones(1, dtype=torch.uint8))
+        return codebook, codebook.codewords()
     lowest = 0 if spec.signs else -60
     directions = torch.randint(lowest, 61, (spec.rows, spec.vector_dim), generator=generator)
     magnitudes = torch.randint(1, 17, (1 << spec.magnitude_bits,), generator=generator)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pcdvq_kernels import reference
-from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.codebook import Codebook, int8_directions
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import CheckpointError
 from pcdvq_kernels.hadamard import block_hadamard, choose_block
@@ -123,6 +123,29 @@ def test_golden_trellis_bytes() -> None:
 def test_trellis_layout_out_of_limits(change: dict) -> None:
     with pytest.raises(ValidationError):
         CodebookSpec.model_validate(TRELLIS.model_dump() | change)
+
+
+def test_int8_codes_are_the_levels() -> None:
+    spec = CodebookSpec(
+        codec="int8",
+        vector_dim=1,
+        signs=False,
+        parity=False,
+        pattern_bits=8,
+        magnitude_bits=0,
+        shift=0,
+    )
+    one = torch.ones(1, dtype=torch.uint8)
+    book = Codebook(spec, int8_directions(), one)
+    assert book.decode(torch.tensor([0, 1, 127, 128, 129, 255])).flatten().tolist() == [
+        *(0, 1, 127),
+        *(-127, -127, -1),
+    ]
+    with pytest.raises(CheckpointError, match="not those of codec int8"):
+        Codebook(spec, int8_directions().neg(), one)
+    for changes in ({"vector_dim": 2}, {"codec": "e8"}, {"magnitude_bits": 1}, {"shift": 1}):
+        with pytest.raises(ValueError, match="int8"):
+            CodebookSpec.model_validate(spec.model_dump() | changes)
 
 
 def test_shift_rounds_to_nearest_half_up() -> None:

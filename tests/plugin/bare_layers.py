@@ -47,7 +47,10 @@ def make_codebook(spec: CodebookSpec = SIGNED, seed: int = 1) -> Codebook:
 
 
 def make_config(
-    layers: Sequence[str] | dict[str, str], blocks: dict[int, int], codebook: Codebook
+    layers: Sequence[str] | dict[str, str],
+    blocks: dict[int, int],
+    codebook: Codebook,
+    embedding: str | None = None,
 ) -> PCDVQConfig:
     """A config as a worker gets it; a plain list of layers all use the codebook "a"."""
     by_name = layers if isinstance(layers, dict) else dict.fromkeys(layers, "a")
@@ -61,6 +64,7 @@ def make_config(
             hadamard_blocks={str(columns): block for columns, block in blocks.items()},
             max_tp=1,
             modules_to_not_convert=[],
+            embedding=embedding,
         )
     )
     config.codebooks = CodebookStore(dict.fromkeys(sorted(ids), codebook))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pcdvq_kernels import reference
 from pcdvq_kernels.checkpoint import CODEBOOK_FILE, INDEX_FILE
-from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.codebook import Codebook, int8_directions
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.hadamard import choose_block
 from pcdvq_kernels.packing import pack_codes
@@ -35,6 +35,24 @@ TRELLIS = SIGNED.model_copy(
         "rotation_bits": 3,
         "state_bits": 3,
     }
+)
+INT8 = CodebookSpec(
+    codec="int8",
+    vector_dim=1,
+    signs=False,
+    parity=False,
+    pattern_bits=8,
+    magnitude_bits=0,
+    shift=0,
+)
+SIGNED_4 = CodebookSpec(
+    codec="signed",
+    vector_dim=4,
+    signs=True,
+    parity=False,
+    pattern_bits=10,
+    magnitude_bits=2,
+    shift=0,
 )
 E8 = CodebookSpec(
     codec="e8",
@@ -63,6 +81,8 @@ class PackedLayer:
 
 
 def random_codebook(spec: CodebookSpec, generator: torch.Generator) -> Codebook:
+    if spec.codec == "int8":
+        return Codebook(spec, int8_directions(), torch.ones(1, dtype=torch.uint8))
     low = 0 if spec.signs else -15
     directions = torch.randint(low, 16, (spec.rows, spec.vector_dim), generator=generator)
     magnitudes = torch.randint(3, 9, (1 << spec.magnitude_bits,), generator=generator)
@@ -105,6 +125,7 @@ def write_random_checkpoint(
     max_tp: int = 1,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    embeddings: CodebookSpec | None = None,
 ) -> PreTrainedModel:
     """Write a checkpoint of a random model to `path`.
 
@@ -117,6 +138,7 @@ def write_random_checkpoint(
         max_tp: tensor-parallel size that the Hadamard blocks allow, where K does.
         dtype: of all that is not quantized.
         seed: of everything random.
+        embeddings: layout of the codes of input embedding and output head; None leaves them.
 
     Returns:
         The same model in fp32 with the dense weights that the codes stand for.
@@ -129,39 +151,82 @@ def write_random_checkpoint(
         weight.data.normal_(0, 3 * hf_config.hidden_size**-0.5)
     model = model.to(dtype).float()
     codebook = random_codebook(spec, generator)
-    blocks: dict[str, int] = {}
-    layers: dict[str, str] = {}
-    signs: dict[tuple[str, bool], Tensor] = {}
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    blocks = _quantize_linears(model, state, codebook, max_tp, generator)
+    layers = {
+        name.removesuffix(".qweight"): spec.codec for name in state if name.endswith(".qweight")
+    }
+    if hf_config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    codebooks = {spec.codec: codebook}
+    roles = {}
+    if embeddings is not None:
+        codebooks["embeddings"] = random_codebook(embeddings, generator)
+        roles = _quantize_embeddings(model, state, codebooks["embeddings"], blocks, generator)
+        layers.update(dict.fromkeys(roles.values(), "embeddings"))
+    quantization = {
+        "quant_method": "pcdvq",
+        "format_version": 1,
+        "codebooks": {id: book.spec.model_dump() for id, book in codebooks.items()},
+        "layers": layers,
+        "hadamard_blocks": blocks,
+        "max_tp": max_tp,
+        "modules_to_not_convert": [] if roles else ["lm_head"],
+        **roles,
+    }
+    _write(path, model, dtype, state, quantization, codebooks)
+    return model
+
+
+def _quantize_linears(
+    model: PreTrainedModel,
+    state: dict[str, Tensor],
+    codebook: Codebook,
+    max_tp: int,
+    generator: torch.Generator,
+) -> dict[str, int]:
+    """Give linear layers random codes, in `model` and `state`; returns the Hadamard blocks."""
+    blocks: dict[str, int] = {}
+    signs: dict[tuple[str, bool], Tensor] = {}
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
             continue
         columns = module.in_features
         block = blocks.setdefault(str(columns), choose_block(columns, max_tp))
-        packed = random_layer(spec, module.out_features, columns, generator)
+        packed = random_layer(codebook.spec, module.out_features, columns, generator)
         parent, _, part = name.rpartition(".")
         shared = signs.setdefault((parent, part in ("o_proj", "down_proj")), packed.signs_in)
         packed = replace(packed, signs_in=shared.clone())
         module.weight.data = packed.dense(codebook, block)
         if module.bias is not None:
-            state[f"{name}.bias"] = torch.randn(module.out_features).div(10).to(dtype)
+            bias = torch.randn(module.out_features).div(10)
+            state[f"{name}.bias"] = bias.to(state[f"{name}.bias"].dtype)
             module.bias.data = state[f"{name}.bias"].float()
         del state[f"{name}.weight"]
         state.update({f"{name}.{key}": tensor for key, tensor in packed.tensors().items()})
-        layers[name] = spec.codec
-    if hf_config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    quantization = {
-        "quant_method": "pcdvq",
-        "format_version": 1,
-        "codebooks": {spec.codec: spec.model_dump()},
-        "layers": layers,
-        "hadamard_blocks": blocks,
-        "max_tp": max_tp,
-        "modules_to_not_convert": ["lm_head"],
-    }
-    _write(path, model, dtype, state, quantization, {spec.codec: codebook})
-    return model
+    return blocks
+
+
+def _quantize_embeddings(
+    model: PreTrainedModel,
+    state: dict[str, Tensor],
+    codebook: Codebook,
+    blocks: dict[str, int],
+    generator: torch.Generator,
+) -> dict[str, str]:
+    """Give embedding and head random codes; returns their names by their role in the format."""
+    roles = {"embedding": "model.embed_tokens"}
+    if not model.config.tie_word_embeddings:
+        roles["head"] = "lm_head"
+    for name in roles.values():
+        weight = model.get_submodule(name).weight
+        rows, columns = weight.shape
+        packed = random_layer(codebook.spec, rows, columns, generator)
+        packed = replace(packed, row_scale=4 * packed.row_scale)
+        weight.data.copy_(packed.dense(codebook, blocks[str(columns)]))
+        del state[f"{name}.weight"]
+        state.update({f"{name}.{key}": tensor for key, tensor in packed.tensors().items()})
+    return roles
 
 
 def _write(

@@ -80,12 +80,12 @@ def test_output_layer_is_left_to_vllm() -> None:
     assert make_config(QKV, BLOCK_256, make_codebook()).get_quant_method(layer, "lm_head") is None
 
 
-@pytest.mark.parametrize("name", ["lm_head", "lm_head.0.up_proj"])
-def test_quantized_layer_of_another_kind(name: str) -> None:
-    layer = ParallelLMHead.__new__(ParallelLMHead)
+@pytest.mark.parametrize("kind", [ParallelLMHead, torch.nn.Module])
+def test_quantized_layer_of_another_kind(kind: type[torch.nn.Module]) -> None:
+    layer, name = kind.__new__(kind), "experts.0.up_proj"
     config = make_config([name], BLOCK_256, make_codebook())
-    with pytest.raises(CheckpointError, match=f"layer {name} is quantized, but .*ParallelLMHead"):
-        config.get_quant_method(layer, "lm_head")
+    with pytest.raises(CheckpointError, match=f"layer {name} is quantized, but .*{kind.__name__}"):
+        config.get_quant_method(layer, "experts")
 
 
 def test_renamed_modules() -> None:

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from engine_worker import NEW_TOKENS, Generation, compiled_models, generate, generate_and_reload
+from pcdvq_kernels.config import CodebookSpec
 from random_checkpoint import (
     E8,
+    INT8,
     ODD_BITS,
     SIGNED,
+    SIGNED_4,
     add_random_adapter,
     tiny_llama,
     write_random_checkpoint,
 )
-from transformers import Phi3Config, PreTrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import LlamaConfig, Phi3Config, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 PROMPTS = [[7], list(range(20, 31)), list(range(300, 240, -1))]
 # Greatest difference of a logprob: sums in another order, and activations rounded to 16 bits
@@ -43,6 +46,14 @@ PHI3 = Phi3Config(
     max_position_embeddings=256,
     pad_token_id=0,
 )
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
 ODD_LLAMA = tiny_llama(
     hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
 )
@@ -75,10 +86,35 @@ def test_logprobs(
     check(engine.submit(generate, tmp_path, PROMPTS, dtype="float32").result(), model)
 
 
+@pytest.mark.parametrize("embeddings", [INT8, SIGNED_4], ids=["8 bits", "4 bits"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config])
+def test_quantized_embeddings(
+    config: type[PreTrainedConfig],
+    embeddings: CodebookSpec,
+    tied: bool,
+    engine: ProcessPoolExecutor,
+    tmp_path: Path,
+) -> None:
+    """vLLM's Llama names no embedding and ties through its head, its Qwen2 does neither."""
+    fields = config(**TINY, vocab_size=333, tie_word_embeddings=tied)
+    model = write_random_checkpoint(tmp_path, fields, embeddings=embeddings)
+    check(engine.submit(generate, tmp_path, PROMPTS, dtype="float32").result(), model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype, engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     model = write_random_checkpoint(tmp_path, ODD_LLAMA, dtype=dtype)
     check(engine.submit(generate, tmp_path, PROMPTS).result(), model, dtype)
+
+
+def test_quantized_embeddings_compiled(
+    compiling_engine: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    config = tiny_llama(tie_word_embeddings=True)
+    model = write_random_checkpoint(tmp_path, config, embeddings=INT8)
+    arguments = {"dtype": "float32", "enforce_eager": False}
+    check(compiling_engine.submit(generate, tmp_path, PROMPTS, **arguments).result(), model)
 
 
 def test_compiled(compiling_engine: ProcessPoolExecutor, tmp_path: Path) -> None:
@@ -95,11 +131,23 @@ def test_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     check(generations, model)
 
 
-def test_dummy_weights_and_reload(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_quantized_embeddings_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    config = tiny_llama(vocab_size=333)
+    model = write_random_checkpoint(tmp_path, config, max_tp=2, embeddings=SIGNED_4)
+    arguments = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **arguments).result()
+    check(generations, model)
+
+
+@pytest.mark.parametrize("embeddings", [None, INT8], ids=["embeddings left", "8 bits"])
+def test_dummy_weights_and_reload(
+    embeddings: CodebookSpec | None, engine: ProcessPoolExecutor, tmp_path: Path
+) -> None:
     """Dummy weights serve; real ones, and other real ones, can take their place."""
     paths = [tmp_path / "a", tmp_path / "b"]
     models = [
-        write_random_checkpoint(path, tiny_llama(), seed=seed) for seed, path in enumerate(paths)
+        write_random_checkpoint(path, tiny_llama(), seed=seed, embeddings=embeddings)
+        for seed, path in enumerate(paths)
     ]
     dummy, *reloaded = engine.submit(
         generate_and_reload,
@@ -114,8 +162,13 @@ def test_dummy_weights_and_reload(engine: ProcessPoolExecutor, tmp_path: Path) -
         check(generations, model)
 
 
-def test_lora(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
-    model = write_random_checkpoint(tmp_path, tiny_llama())
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("embeddings", [None, INT8], ids=["embeddings left", "8 bits"])
+def test_lora(
+    embeddings: CodebookSpec | None, tied: bool, engine: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    config = tiny_llama(tie_word_embeddings=tied)
+    model = write_random_checkpoint(tmp_path, config, embeddings=embeddings)
     add_random_adapter(tmp_path / "adapter", model)
     generations = engine.submit(
         generate, tmp_path, PROMPTS, tmp_path / "adapter", dtype="float32"

@@ -69,6 +69,12 @@ def test_extra_tensor(copy: Path, index: bool) -> None:
         open_checkpoint(copy)
 
 
+def test_embedding_that_is_no_layer(copy: Path) -> None:
+    change_config(copy, lambda config: config.update(embedding="model.embed_tokens"))
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens is not among the layers"):
+        open_checkpoint(copy)
+
+
 def test_dense_weight_beside_the_codes(copy: Path) -> None:
     def add(tensors: dict) -> None:
         tensors[f"{LAYER}.weight"] = torch.zeros(192, 64)

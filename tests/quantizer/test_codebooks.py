@@ -22,6 +22,7 @@ EXPECTED_ERROR = {
     ("trellis", 3.0): 0.0214,
     ("e8", 2.0): 0.0990,
     ("e8", 2.25): 0.0691,
+    ("int8", 8.0): 0.0000884,
 }
 TOLERANCE = 1.02
 # The E8 codebooks are generated: these bytes must come out on every machine.
@@ -46,7 +47,7 @@ def test_rate_is_what_it_says(codec: str, bits: float) -> None:
     spec = get_codebook(codec, bits).codebook.spec
     assert spec.bits == bits
     assert spec.codec == codec
-    assert (spec.magnitude_bits >= 1) == (codec != "trellis")
+    assert (spec.magnitude_bits >= 1) == (codec not in ("trellis", "int8"))
 
 
 @pytest.mark.parametrize(("codec", "bits"), RATES)
@@ -121,6 +122,7 @@ def test_e8_codebook_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("signed", 5.0, "choose 2, 2.25, 3, 4"),
         ("e8", 3.0, "choose 2, 2.25"),
+        ("signed", 8.0, "choose 2, 2.25, 3, 4, or codec int8"),
         ("qtip", 2.0, "qtip"),
     ],
 )

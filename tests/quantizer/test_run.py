@@ -74,6 +74,53 @@ def test_bits_per_weight_come_from_the_files(model: Path, tmp_path: Path) -> Non
     assert all(0 < row.relative_error < 0.04 for row in summary.layers)
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("bits", "error"), [(4, 0.012), (8, 0.0002)])
+def test_quantized_embeddings(bits: int, error: float, tied: bool, tmp_path: Path) -> None:
+    config = tiny_config(tie_word_embeddings=tied, vocab_size=301)
+    source = save_model(tmp_path / "model", config)
+    options = QuantizeOptions(bits=3.0, embedding_bits=bits)
+    checkpoint = quantize_model(make_plan(str(source), options), tmp_path / "out")
+    names = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+    assert checkpoint.config.embeddings == names
+    assert checkpoint.config.modules_to_not_convert == []
+    assert len(checkpoint.linears) == 14
+    original = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    stored = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    for name in names:
+        assert f"{name}.weight" not in stored
+        dense = reference.dequantize(
+            *(stored[f"{name}.{part}"] for part in ("qweight", "row_scale", "signs_in")),
+            checkpoint.codebooks[checkpoint.layers[name].codebook],
+            checkpoint.config.block(64),
+        )
+        weight = original[f"{name}.weight"].float()
+        assert dense.shape == (301, 64)
+        assert (dense - weight).square().sum() < error * weight.square().sum()
+
+
+def test_embeddings_do_not_change_the_rate_of_the_linear_layers(
+    model: Path, tmp_path: Path
+) -> None:
+    rates = {}
+    for bits in (16, 8):
+        options = QuantizeOptions(bits=3.0, embedding_bits=bits)
+        out = quantize_model(make_plan(str(model), options), tmp_path / str(bits)).directory
+        rates[bits] = inspect_checkpoint(out)
+        assert rates[bits].rate in (out / "README.md").read_text()
+    assert rates[8].bits_per_weight == rates[16].bits_per_weight
+    assert rates[16].bits_per_weight_with_embeddings == rates[16].bits_per_weight
+    assert 4 < rates[8].bits_per_weight_with_embeddings < 8
+    assert rates[8].rate.endswith("with model.embed_tokens and lm_head")
+    quantization_config = json.loads((tmp_path / "16" / "config.json").read_text())
+    assert "embedding" not in quantization_config["quantization_config"]
+
+
+def test_embedding_rates_not_offered(model: Path) -> None:
+    with pytest.raises(PCDVQError, match=r"--embedding-bits is 5; give 4, 8, or 16"):
+        make_plan(str(model), QuantizeOptions(embedding_bits=5))
+
+
 def test_same_input_same_bytes(model: Path, tmp_path: Path) -> None:
     for out in ("a", "b"):
         quantize_model(make_plan(str(model), OPTIONS), tmp_path / out)

@@ -89,15 +89,14 @@ def choose_rates(
     if not path.exists():
         progress.start("Measuring the sensitivity of layers", len(model.layers))
         windows = tokens[: max(1, TOKENS // tokens.shape[1])]
-        names, seed = plan.selection.layers, plan.options.seed
+        names, seed = plan.selection.linears, plan.options.seed
         measured = measure_sensitivity(model, windows, names, seed, progress)
         scratch = path.with_suffix(".tmp")
         scratch.write_text(json.dumps(_rates(plan, measured)), encoding="utf-8")
         scratch.replace(path)
     rates = json.loads(path.read_text(encoding="utf-8"))
-    return replace(
-        plan, codebooks={name: get_codebook(codec, rate) for name, rate in rates.items()}
-    )
+    chosen = {name: get_codebook(codec, rate) for name, rate in rates.items()}
+    return replace(plan, codebooks=plan.codebooks | chosen)
 
 
 def _rates(plan: Plan, sensitivity: dict[tuple[str, ...], float]) -> dict[str, float]:
@@ -106,7 +105,7 @@ def _rates(plan: Plan, sensitivity: dict[tuple[str, ...], float]) -> dict[str, f
     books = [get_codebook(plan.options.codec, rate) for rate in rates]
     measured = {name for group in sensitivity for name in group}
     # A layer that the text never reached stays at the lowest rate.
-    losses = sensitivity | {(n,): 0.0 for n in plan.selection.layers if n not in measured}
+    losses = sensitivity | {(n,): 0.0 for n in plan.selection.linears if n not in measured}
     units = [
         Unit(
             group,
@@ -116,8 +115,8 @@ def _rates(plan: Plan, sensitivity: dict[tuple[str, ...], float]) -> dict[str, f
         for group, loss in losses.items()
     ]
     tables = 8 * sum(book.bytes for book in books)
-    choice = allocate(units, int(plan.options.bits * plan.weights) - tables)
+    choice = allocate(units, plan.linear_budget - tables)
     by_name = {
         name: rates[rate] for unit, rate in zip(units, choice, strict=True) for name in unit.layers
     }
-    return {name: by_name[name] for name in plan.selection.layers}
+    return {name: by_name[name] for name in plan.selection.linears}

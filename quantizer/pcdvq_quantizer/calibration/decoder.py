@@ -47,11 +47,12 @@ class LayeredModel:
         self._base = self.model.get_submodule(self.prefix.rpartition(".")[0])
         self.layers = [f"{self.prefix}.{index}" for index in range(len(self._stack))]
 
-    def embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+    def embed(self, tokens: Tensor, embedding: Tensor | None = None) -> tuple[Tensor, list[Call]]:
         """The input of the first decoder layer, and how each layer is called.
 
         Args:
             tokens: int64 [S, T].
+            embedding: fp32 [V, H] to use in place of the model's own.
 
         Returns:
             (hidden fp32 [S, T, H], a `Call` for each layer; calls fit any row of `tokens`).
@@ -59,9 +60,13 @@ class LayeredModel:
         recorders = [_Recorder() for _ in self._stack]
         hidden = []
         with self._instead_of_layers(recorders):
+            weight = self.model.get_input_embeddings().weight
+            original = weight.data
+            weight.data = original if embedding is None else embedding.to(self.device)
             for row in tokens:
                 self._base(input_ids=row[None].to(self.device), use_cache=False)
                 hidden.append(recorders[0].hidden)
+            weight.data = original
         return torch.cat(hidden), [recorder.call for recorder in recorders]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.reference import dequantize
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +19,7 @@ from pcdvq_quantizer.calibration.replay import Replay, Stage, run_original
 from pcdvq_quantizer.calibration.stage import quantize_stage
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.calibration.text import calibration_tokens
-from pcdvq_quantizer.plan import Plan, input_signs
+from pcdvq_quantizer.plan import Plan, input_signs, quantize_uncalibrated
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import CheckpointWriter
 
@@ -87,13 +88,30 @@ def calibrate(plan: Plan, writer: CheckpointWriter, progress: Progress) -> Plan:
         if state is None:
             tokens = calibration_tokens(plan, model, progress)
             hidden, _ = model.embed(tokens)
-            state = CalibrationState(0, tokens, hidden, hidden.clone())
+            state = CalibrationState(
+                0, tokens, hidden, _embed_quantized(plan, writer, model, tokens)
+            )
             state.save(directory)
         if plan.options.is_mixed:
             plan = choose_rates(plan, model, state.tokens, directory, progress)
         progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
         _Calibration(plan, writer, model, progress).run(state)
     return plan
+
+
+def _embed_quantized(
+    plan: Plan, writer: CheckpointWriter, model: LayeredModel, tokens: Tensor
+) -> Tensor:
+    """What the quantized model's embedding makes of `tokens`, fp32 [S, T, H]."""
+    name = plan.selection.embedding
+    if name is None:
+        return model.embed(tokens)[0]
+    layer = quantize_uncalibrated(plan, name)
+    writer.write_layer(name, layer)
+    book = plan.codebooks[name].codebook
+    block = plan.config.block(plan.shape(name)[1])
+    dense = dequantize(layer.qweight, layer.row_scale, layer.signs_in, book, block)
+    return model.embed(tokens, dense)[0]
 
 
 class _Calibration:

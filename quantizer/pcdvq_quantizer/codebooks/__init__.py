@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.codebook import Codebook, int8_directions
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
 from safetensors import SafetensorError, safe_open
@@ -26,7 +26,10 @@ OFFERED = {
     "signed": (2.0, 2.25, 3.0, 4.0),
     "trellis": (2.0, 3.0),
     "e8": tuple(E8_DIRECTION_BITS),
+    "int8": (8.0,),
 }
+# Least mean squared error of rounding N(0, 1) to 255 equidistant levels.
+INT8_UNIT = 32.5
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,10 @@ def get_codebook(codec: str, bits: float) -> NamedCodebook:
     """
     if bits not in offered_rates(codec):
         rates = ", ".join(f"{rate:g}" for rate in offered_rates(codec))
+        rates += "".join(f", or codec {other}" for other in OFFERED if bits in OFFERED[other])
         raise PCDVQError(f"codec {codec} does not offer {bits:g} bits per weight; choose {rates}")
+    if codec == "int8":
+        return _int8()
     id = f"{codec}-{bits:g}"
     if codec != "e8":
         with resources.as_file(resources.files(__package__) / "tables") as tables:
@@ -106,6 +112,20 @@ def load_codebook(id: str, path: Path) -> NamedCodebook:
         spec = CodebookSpec.model_validate_json(metadata["spec"])
         tables = Codebook(spec, file.get_tensor("directions"), file.get_tensor("magnitudes"))
     return NamedCodebook(id, tables, float(metadata["unit"]))
+
+
+def _int8() -> NamedCodebook:
+    spec = CodebookSpec(
+        codec="int8",
+        vector_dim=1,
+        signs=False,
+        parity=False,
+        pattern_bits=8,
+        magnitude_bits=0,
+        shift=0,
+    )
+    tables = Codebook(spec, int8_directions(), torch.ones(1, dtype=torch.uint8))
+    return NamedCodebook("int8", tables, INT8_UNIT)
 
 
 def _cached_e8(id: str, direction_bits: int) -> NamedCodebook:

@@ -1,0 +1,66 @@
+// Driver of pcdvq_embedding: single rows of the dense weight. The arithmetic is in the ISA kernels.
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "isa.h"
+#include "numeric.h"
+#include "sign_masks.h"
+#include "threads.h"
+
+namespace pcdvq {
+namespace {
+
+// Rows below which starting threads takes longer than decoding.
+constexpr int64_t kThreadRows = 4;
+
+struct Embedding {
+  const PcdvqEmbedding& p;
+  const Kernels& kernels;
+  const Decoder decoder;
+
+  // Row `id` of Q H S, scaled, into row `index` of the output; `row` is scratch for k floats.
+  void look_up(const Weights& weights, const uint8_t* no_signs, int64_t index, float* row) const {
+    const int64_t id = p.ids[index];
+    decoder.decode(weights, id, 1, 0, p.k / 8, row);
+    kernels.rotate(row, PCDVQ_F32, no_signs, p.k, p.layout.hadamard_block, row);
+    const float scale = p.row_scale[id];
+    for (int64_t i = 0; i < p.k; i += 8) {
+      const int8_t* factors = kSignMasks.factors[p.signs_in[i / 8]];
+      for (int64_t j = 0; j < 8; ++j) {
+        const float value = row[i + j] * (scale * float(factors[j]));
+        store_element(p.out, p.dtype, index * p.k + i + j, value);
+      }
+    }
+  }
+
+  PcdvqStatus run() const {
+    const auto inside = [this](int64_t id) { return id >= 0 && id < p.n; };
+    if (!std::all_of(p.ids, p.ids + p.count, inside)) return PCDVQ_BAD_ID;
+    const int threads = int(std::clamp<int64_t>(p.count / kThreadRows, 1, p.threads));
+    const std::unique_ptr<float[]> rows(new (std::nothrow) float[size_t(threads * p.k)]);
+    const std::unique_ptr<uint8_t[]> no_signs(new (std::nothrow) uint8_t[size_t(p.k / 8)]());
+    if (!rows || !no_signs) return PCDVQ_NO_MEMORY;
+#pragma omp parallel num_threads(threads)
+    {
+      alignas(64) int8_t table[kTableBytes];
+      if (decoder.expand) decoder.expand(p.codewords, table);
+      const Weights weights{p.qweight, decoder.expand ? table : p.codewords, p.row_bytes,
+                            p.layout};
+      float* row = rows.get() + thread_index() * p.k;
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < p.count; ++i) look_up(weights, no_signs.get(), i, row);
+    }
+    return PCDVQ_OK;
+  }
+};
+
+}  // namespace
+}  // namespace pcdvq
+
+int32_t pcdvq_embedding(const PcdvqEmbedding* problem) {
+  const pcdvq::Kernels* kernels = pcdvq::kernels_for(problem->isa);
+  if (!kernels) return PCDVQ_NO_ISA;
+  if (problem->count == 0) return PCDVQ_OK;
+  return pcdvq::Embedding{*problem, *kernels, kernels->decoder(problem->layout)}.run();
+}

@@ -76,9 +76,9 @@ def read_last_words(
     sequences = []
     for number, line in enumerate(content.splitlines()[:limit], 1):
         text = _text_field(line, f"{path} line {number}")
-        context = text.rpartition(" ")[0]
+        context, _, word = text.rpartition(" ")
         ids, known = _encode(tokenizer, text), len(_encode(tokenizer, context))
-        if not context.strip() or not 0 < known < len(ids):
+        if not context.strip() or not word.strip() or not 0 < known < len(ids):
             raise PCDVQError(
                 f"{path} line {number} has no last word to predict: its text needs a space with "
                 "words on both sides"

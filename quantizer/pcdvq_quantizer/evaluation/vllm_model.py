@@ -49,7 +49,6 @@ class VLLMModel:
             max_num_seqs=1,
             enforce_eager=True,
             enable_prefix_caching=False,
-            skip_tokenizer_init=True,
         )
         # 0: of each prompt token its own log-probability and rank, and of no other token.
         self._params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)

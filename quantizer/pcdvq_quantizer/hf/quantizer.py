@@ -50,6 +50,7 @@ class PCDVQHfQuantizer(HfQuantizer):
     requires_calibration = True  # transformers' word for: loads checkpoints, does not make them
     quantization_config: PCDVQConfig
     checkpoint: Checkpoint
+    _dtypes: dict[str, torch.dtype]
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what cannot work.
@@ -71,6 +72,7 @@ class PCDVQHfQuantizer(HfQuantizer):
         self.checkpoint = _open(Path(checkpoint_files[0]).parent)
         for name in self.checkpoint.layers:
             model.set_submodule(name, self._replacement(model, name))
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _replacement(self, model: PreTrainedModel, name: str) -> nn.Module:
         """The module on the meta device that holds the packed tensors of layer `name`."""
@@ -113,7 +115,18 @@ class PCDVQHfQuantizer(HfQuantizer):
             if key not in shared:
                 shared[key] = self._codebook(*key).codewords()
             module.set_codebook(shared[key])
+        self._restore_dtypes(model)
         return model
+
+    def _restore_dtypes(self, model: PreTrainedModel) -> None:
+        """Cast what transformers renamed or merged while loading, such as experts.
+
+        It leaves those tensors of a quantized checkpoint in the dtype they have on disk.
+        """
+        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        for name, parameter in model.named_parameters():
+            if kept.isdisjoint(name.split(".")):
+                parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None

@@ -123,8 +123,13 @@ def evaluate_model(
     ] = None,
 ) -> None:
     """Measure the quality of MODEL: perplexity, KL from its original, last words (LAMBADA)."""
+    from transformers.utils import logging
+
     from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
 
+    logging.disable_progress_bar()
+    if json is not None and not json.absolute().parent.is_dir():
+        raise PCDVQError(f"--json: there is no directory {json.parent}; create it first")
     to_stdout = json == Path("-")
     shown = Console(stderr=True) if to_stdout else console
     options = EvaluateOptions(

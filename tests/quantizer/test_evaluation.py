@@ -220,6 +220,8 @@ def test_command_line(original: Path, checkpoint: Path, text: Path, tmp_path: Pa
     assert "perplexity" in result.stdout
     again = json.loads(file.read_text())
     assert again["perplexity"]["nll"] == found["perplexity"]["nll"]
+    with pytest.raises(PCDVQError, match="no directory"):
+        CliRunner().invoke(app, [*arguments, str(tmp_path / "no" / "file")], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

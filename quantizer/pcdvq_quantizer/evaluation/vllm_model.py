@@ -13,6 +13,7 @@ from pcdvq_quantizer.evaluation.files import ModelFiles
 
 # vLLM computes the logits of a prompt for all tokens of a step at once.
 STEP_TOKENS = 512
+SPARE_TOKENS = 1024
 
 
 class VLLMModel:
@@ -47,6 +48,7 @@ class VLLMModel:
             max_model_len=longest + 1,
             max_num_batched_tokens=STEP_TOKENS,
             max_num_seqs=1,
+            kv_cache_memory_bytes=cache_bytes(files.config, longest + 1),
             enforce_eager=True,
             enable_prefix_caching=False,
         )
@@ -78,3 +80,24 @@ class VLLMModel:
             for found, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)
         ]
         return entries[-sequence.scored :]
+
+
+def cache_bytes(config: dict[str, Any], tokens: int) -> int | None:
+    """KV cache for one sequence with room to spare; None, vLLM's choice, for unusual models.
+
+    By default vLLM claims nearly all memory, and on a CPU fails when others use some of it.
+
+    Args:
+        config: config.json of the model.
+        tokens: length of the sequence.
+    """
+    config = config.get("text_config") or config
+    heads = config.get("num_attention_heads")
+    head_dim = config.get("head_dim") or (heads and config.get("hidden_size", 0) // heads)
+    layers = config.get("num_hidden_layers")
+    if not heads or not head_dim or not layers:
+        return None
+    kv_heads = config.get("num_key_value_heads") or heads
+    fp32_key_and_value = 8
+    # Twice, because layers may differ from what the config says first.
+    return 2 * fp32_key_and_value * layers * kv_heads * head_dim * (tokens + SPARE_TOKENS)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from pcdvq_kernels.errors import PCDVQError
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from pcdvq_quantizer.bars import Bars
 
@@ -115,6 +116,83 @@ def inspect(
         typer.echo(report.to_json())
     else:
         report.print_table(console)
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Annotated[
+        str, typer.Argument(help="PCDVQ checkpoint or unquantized model: directory, .gguf, hub id.")
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="Some of perplexity, kl and lambada, with commas.")
+    ] = "perplexity",
+    text: Annotated[Path | None, typer.Option(help="Text for perplexity and kl.")] = None,
+    lambada: Annotated[
+        Path | None, typer.Option(help='JSONL for lambada: {"text": ...} per line.')
+    ] = None,
+    windows: Annotated[int, typer.Option(help="First windows of the text to measure.")] = 40,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    limit: Annotated[int, typer.Option(help="First lines of the JSONL file to measure.")] = 500,
+    bos: Annotated[
+        bool,
+        typer.Option(
+            "--bos",
+            help="Put the BOS token before every window and line. Off is the usual protocol; "
+            "some models, such as Gemma, make no sense without it.",
+        ),
+    ] = False,
+    reference: Annotated[
+        str | None, typer.Option(help="Original model for kl; default: the checkpoint's report.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="hf (transformers) or vllm.")] = "hf",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16; auto: float32 on a CPU.")
+    ] = "auto",
+    packed: Annotated[
+        bool,
+        typer.Option("--packed", help="hf: run the PCDVQ kernels instead of dequantized weights."),
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Also write JSON to this file; - is stdout.")
+    ] = None,
+) -> None:
+    """Measure the quality of MODEL: perplexity, KL from its original, last words (LAMBADA)."""
+    from transformers.utils import logging
+
+    from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
+
+    logging.disable_progress_bar()
+    if json is not None and not json.absolute().parent.is_dir():
+        raise PCDVQError(f"--json: there is no directory {json.parent}; create it first")
+    to_stdout = json == Path("-")
+    shown = Console(stderr=True) if to_stdout else console
+    options = EvaluateOptions(
+        tasks=tuple(filter(None, (task.strip() for task in tasks.split(",")))),
+        text=text,
+        lambada=lambada,
+        windows=windows,
+        window=window,
+        limit=limit,
+        bos=bos,
+        reference=reference,
+        backend=backend,
+        dtype=dtype,
+        packed=packed,
+    )
+    with Progress(console=shown, transient=True) as bar:
+        rows: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in rows:
+                rows[what] = bar.add_task(what, total=total)
+            bar.update(rows[what], completed=done)
+
+        report = evaluate(model, options, progress)
+    report.print_table(shown)
+    if to_stdout:
+        typer.echo(report.to_json())
+    elif json is not None:
+        json.write_text(report.to_json() + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -1,0 +1,121 @@
+"""What an evaluation found, and how it was made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from rich.console import Console
+from rich.table import Table
+
+from pcdvq_quantizer.evaluation.data import DataFile
+from pcdvq_quantizer.evaluation.scores import KLDivergence, LastWord, Perplexity
+
+PACKAGES = ("vllm-pcdvq", "torch", "transformers", "vllm")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How it was measured; None for what was not.
+
+    Attributes:
+        text: of perplexity and kl.
+        window: tokens per window, all but the first scored.
+        windows: number of windows.
+        lambada: of lambada.
+        lines: number of lines.
+        bos: whether a BOS token came before each window and line.
+    """
+
+    text: DataFile | None
+    window: int | None
+    windows: int | None
+    lambada: DataFile | None
+    lines: int | None
+    bos: bool
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """All figures of one evaluation; `None` for a task that was not asked for.
+
+    Attributes:
+        model: what the user called it.
+        backend: `hf` or `vllm`.
+        dtype: computed in.
+        weights: `packed` (PCDVQ kernels), or `dense`.
+        seconds: in all, loading included.
+        versions: of the packages that took part.
+    """
+
+    model: str
+    backend: str
+    dtype: str
+    weights: str
+    protocol: Protocol
+    perplexity: Perplexity | None
+    kl: KLDivergence | None
+    lambada: LastWord | None
+    seconds: float
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def print_table(self, console: Console) -> None:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        table.add_column("measure")
+        table.add_column("value", justify="right", no_wrap=True)
+        table.add_column("+-", justify="right", no_wrap=True)
+        table.add_column("of", overflow="fold")
+        for row in self._rows():
+            table.add_row(*row)
+        console.print(table)
+        bos = ", BOS before each" if self.protocol.bos else ""
+        console.print(
+            f"{self.model}: {self.backend}, {self.dtype}, {self.weights} weights{bos}, "
+            f"{self.seconds:.0f} s; +- is one standard error",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        rows = []
+        text, lines = self.protocol.text, self.protocol.lambada
+        windows = f"{self.protocol.windows} windows of {self.protocol.window} tokens"
+        if (found := self.perplexity) and text:
+            error = _error(found.perplexity_stderr, 3)
+            of = f"{text.file}, {windows}"
+            rows.append(("perplexity", f"{found.perplexity:.3f}", error, of))
+        if (kl := self.kl) and text:
+            of = f"{text.file}, {windows}; from {kl.reference}"
+            rows.append(("KL, nats", f"{kl.kl:.5f}", _error(kl.kl_stderr, 5), of))
+            rows.append(("same top token", f"{100 * kl.top1_agreement:.2f} %", "", "as above"))
+            rows.append(("original's perplexity", f"{kl.reference_perplexity:.3f}", "", "as above"))
+        if (word := self.lambada) and lines:
+            error = f"{100 * word.accuracy_stderr:.1f} %"
+            rows.append(
+                (
+                    "last word",
+                    f"{100 * word.accuracy:.1f} %",
+                    error,
+                    f"{lines.file}, {word.lines} lines",
+                )
+            )
+        return rows
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of `PACKAGES`, as far as they are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _error(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,91 @@
+"""From scores of tokens to figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, sqrt
+from statistics import fmean, stdev
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean negative log-likelihood of the scored tokens).
+
+    Attributes:
+        perplexity: the figure.
+        perplexity_stderr: standard error over windows (delta method); None for one window.
+        nll: mean negative log-likelihood, nats per token.
+        windows: number of windows.
+        tokens: number of scored tokens.
+        seconds: time it took, loading left out; of one pass for perplexity and kl together.
+    """
+
+    perplexity: float
+    perplexity_stderr: float | None
+    nll: float
+    windows: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class KLDivergence:
+    """KL(reference || model) of the next-token distributions.
+
+    Attributes:
+        kl: mean over the scored tokens, nats.
+        kl_stderr: standard error over windows; None for one window.
+        top1_agreement: share of tokens whose likeliest next token is the same.
+        reference: name of the reference model.
+        reference_perplexity: of the reference on the same windows.
+        windows: number of windows.
+        tokens: number of scored tokens.
+        seconds: time it took, loading left out; of one pass for perplexity and kl together.
+    """
+
+    kl: float
+    kl_stderr: float | None
+    top1_agreement: float
+    reference: str
+    reference_perplexity: float
+    windows: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LastWord:
+    """Share of lines whose last word is predicted: each of its tokens is the likeliest one.
+
+    Attributes:
+        accuracy: the share.
+        accuracy_stderr: its standard error.
+        correct: number of such lines.
+        lines: number of lines.
+        seconds: time it took, loading left out.
+    """
+
+    accuracy: float
+    accuracy_stderr: float
+    correct: int
+    lines: int
+    seconds: float
+
+
+def perplexity(nlls: list[float], tokens: int, seconds: float) -> Perplexity:
+    """Summarize the mean NLL of each window; windows have equally many tokens."""
+    nll, error = fmean(nlls), standard_error(nlls)
+    figure = exp(nll)
+    return Perplexity(figure, error and figure * error, nll, len(nlls), tokens, seconds)
+
+
+def last_word(correct: list[bool], seconds: float) -> LastWord:
+    """Summarize which lines were predicted."""
+    share = fmean(correct)
+    error = sqrt(share * (1 - share) / len(correct))
+    return LastWord(share, error, sum(correct), len(correct), seconds)
+
+
+def standard_error(values: list[float]) -> float | None:
+    """Standard error of the mean of independent `values`; None for one value."""
+    return stdev(values) / sqrt(len(values)) if len(values) > 1 else None

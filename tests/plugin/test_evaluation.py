@@ -1,0 +1,42 @@
+"""`pcdvq eval --backend vllm` gives the figures of `--backend hf`."""
+
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+from models import save_model, tiny_config
+from pcdvq_kernels.errors import PCDVQError
+from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
+from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
+
+
+def test_vllm_agrees_with_transformers(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    original = save_model(tmp_path / "tiny", tiny_config(hidden_size=256, intermediate_size=512))
+    checkpoint = tmp_path / "out"
+    quantize_model(make_plan(str(original), QuantizeOptions(bits=3.0)), checkpoint)
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 5)
+    (tmp_path / "lines").write_text('{"text": "brown fox"}\n{"text": "lazy dog"}\n')
+    options = {
+        "tasks": ("perplexity", "lambada"),
+        "text": tmp_path / "text",
+        "lambada": tmp_path / "lines",
+        "window": 60,
+        "dtype": "float32",
+    }
+    for model in (original, checkpoint):
+        expected = evaluate(str(model), EvaluateOptions(**options))
+        task = engine.submit(evaluate, str(model), EvaluateOptions(**options, backend="vllm"))
+        found = task.result()
+        assert found.perplexity.nll == pytest.approx(expected.perplexity.nll, abs=1e-4)
+        assert found.perplexity.tokens == 3 * 59
+        assert found.lambada.correct == expected.lambada.correct
+        assert (found.backend, found.dtype) == ("vllm", "float32")
+        assert found.weights == ("dense" if model == original else "packed")
+
+
+def test_windows_that_vllm_has_no_room_for(tmp_path: Path) -> None:
+    original = save_model(tmp_path / "tiny", tiny_config())
+    (tmp_path / "text").write_text("a" * 256)
+    options = EvaluateOptions(text=tmp_path / "text", window=256, backend="vllm")
+    with pytest.raises(PCDVQError, match="takes 256 tokens, this evaluation needs 257"):
+        evaluate(str(original), options)

@@ -159,19 +159,19 @@ class _Calibration:
     def _quantize_stage(
         self, layer: torch.nn.Module, prefix: str, stage: Stage, statistics: InputStatistics
     ) -> None:
-        modules = [layer.get_submodule(linear) for linear in stage.linears]
+        weights = [layer.get_parameter(f"{linear}.weight") for linear in stage.linears]
         names = [f"{prefix}.{linear}" for linear in stage.linears]
-        in_features = modules[0].weight.shape[1]
+        in_features = weights[0].shape[1]
         packed, dense = quantize_stage(
-            [module.weight.data for module in modules],
+            [weight.data for weight in weights],
             statistics,
             self._plan.codebooks[names[0]],
             input_signs(in_features, self._plan.options.seed),
             self._plan.config.block(in_features),
         )
-        for name, module, quantized, weight in zip(names, modules, packed, dense, strict=True):
+        for name, weight, quantized, decoded in zip(names, weights, packed, dense, strict=True):
             self._writer.write_layer(name, quantized)
-            module.weight.data = weight
+            weight.data = decoded
 
     def _linears(self, layer: str) -> list[str]:
         return [name for name in self._plan.selection.layers if name.startswith(f"{layer}.")]

@@ -95,7 +95,7 @@ class _Watch:
         ]
 
     def _hook(self, name: str) -> Any:
-        def forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def forward(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach().flatten(0, -2)
             self._keep(name, args[0])
             variance = module.weight.square().mean(1)  # [N]

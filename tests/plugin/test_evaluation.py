@@ -7,13 +7,16 @@ import pytest
 from models import save_model, tiny_config
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
-from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
+from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+from pcdvq_quantizer.run import quantize_model
 
 
 def test_vllm_agrees_with_transformers(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     original = save_model(tmp_path / "tiny", tiny_config(hidden_size=256, intermediate_size=512))
     checkpoint = tmp_path / "out"
-    quantize_model(make_plan(str(original), QuantizeOptions(bits=3.0)), checkpoint)
+    quantize_model(
+        make_plan(str(original), QuantizeOptions(bits=3.0, calibration="none")), checkpoint
+    )
     (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 5)
     (tmp_path / "lines").write_text('{"text": "brown fox"}\n{"text": "lazy dog"}\n')
     options = {

@@ -10,7 +10,8 @@ import torch
 from models import save_model, tiny_config
 from pcdvq_kernels.checkpoint import CODEBOOK_FILE, INDEX_FILE, open_checkpoint
 from pcdvq_kernels.errors import CheckpointError
-from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
+from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+from pcdvq_quantizer.run import quantize_model
 from safetensors.torch import load_file, save_file
 
 SHARD = "model-00001-of-00001.safetensors"
@@ -21,7 +22,10 @@ LAYER = "model.layers.0.mlp.up_proj"
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint")
     source = save_model(directory / "model", tiny_config())
-    quantize_model(make_plan(str(source), QuantizeOptions(bits=2.25)), directory / "quantized")
+    quantize_model(
+        make_plan(str(source), QuantizeOptions(bits=2.25, calibration="none")),
+        directory / "quantized",
+    )
     return directory / "quantized"
 
 

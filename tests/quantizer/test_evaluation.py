@@ -13,7 +13,8 @@ from pcdvq_quantizer.cli import app
 from pcdvq_quantizer.evaluation import EvaluateOptions, EvaluationReport, evaluate, hf_model
 from pcdvq_quantizer.evaluation.data import Sequence
 from pcdvq_quantizer.evaluation.hf_model import HFModel
-from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
+from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+from pcdvq_quantizer.run import quantize_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -31,7 +32,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(original: Path) -> Path:
     out = original.with_name("out")
-    quantize_model(make_plan(str(original), QuantizeOptions(bits=2.0)), out)
+    quantize_model(make_plan(str(original), QuantizeOptions(bits=2.0, calibration="none")), out)
     return out
 
 

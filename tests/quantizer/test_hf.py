@@ -14,7 +14,8 @@ from pcdvq_kernels import reference
 from pcdvq_kernels.checkpoint import CODEBOOK_FILE, open_checkpoint
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from pcdvq_quantizer.hf import PCDVQLinear
-from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
+from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+from pcdvq_quantizer.run import quantize_model
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -32,7 +33,9 @@ def quantize(tmp_path: Path, config: dict[str, object]) -> tuple[Path, Path]:
         if name.endswith("bias"):
             nn.init.normal_(parameter)
     model.save_pretrained(source)
-    quantize_model(make_plan(str(source), QuantizeOptions(bits=3.0)), tmp_path / "out")
+    quantize_model(
+        make_plan(str(source), QuantizeOptions(bits=3.0, calibration="none")), tmp_path / "out"
+    )
     return source, tmp_path / "out"
 
 

@@ -5,7 +5,7 @@ import torch
 from pcdvq_kernels import reference
 from pcdvq_quantizer.codebooks import OFFERED, get_codebook
 from pcdvq_quantizer.layer import quantize_linear
-from pcdvq_quantizer.run import input_signs
+from pcdvq_quantizer.plan import input_signs
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_reported_error_is_the_error_of_the_stored_weight(
         layer.qweight, layer.row_scale, layer.signs_in, named.codebook, block=8
     )
     error = ((stored - weight).square().sum() / weight.square().sum()).item()
-    assert layer.relative_error == pytest.approx(error, rel=1e-3)
+    assert layer.error.weight == pytest.approx(error, rel=1e-3)
     assert error < {2.0: 0.12, 2.25: 0.09, 3.0: 0.04, 4.0: 0.012}[bits]
 
 
@@ -34,7 +34,7 @@ def test_rotation_rescues_outliers() -> None:
     weight[:, 17] *= 30
     named = get_codebook("signed", 3.0)
     errors = [
-        quantize_linear(weight, named, input_signs(512, 0), block).relative_error
+        quantize_linear(weight, named, input_signs(512, 0), block).error.weight
         for block in (1, 512)
     ]
     assert errors[1] < 0.04 < errors[0]

@@ -20,11 +20,12 @@ from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import run, writer
 from pcdvq_quantizer.gguf_source import GGUFSource, special_token_options
 from pcdvq_quantizer.inspection import inspect_checkpoint
-from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
+from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+from pcdvq_quantizer.run import quantize_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-OPTIONS = QuantizeOptions(bits=3.0)
+OPTIONS = QuantizeOptions(bits=3.0, calibration="none")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_bits_per_weight_come_from_the_files(model: Path, tmp_path: Path) -> Non
 def test_quantized_embeddings(bits: int, error: float, tied: bool, tmp_path: Path) -> None:
     config = tiny_config(tie_word_embeddings=tied, vocab_size=301)
     source = save_model(tmp_path / "model", config)
-    options = QuantizeOptions(bits=3.0, embedding_bits=bits)
+    options = QuantizeOptions(bits=3.0, embedding_bits=bits, calibration="none")
     checkpoint = quantize_model(make_plan(str(source), options), tmp_path / "out")
     names = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
     assert checkpoint.config.embeddings == names
@@ -104,7 +105,7 @@ def test_embeddings_do_not_change_the_rate_of_the_linear_layers(
 ) -> None:
     rates = {}
     for bits in (16, 8):
-        options = QuantizeOptions(bits=3.0, embedding_bits=bits)
+        options = QuantizeOptions(bits=3.0, embedding_bits=bits, calibration="none")
         out = quantize_model(make_plan(str(model), options), tmp_path / str(bits)).directory
         rates[bits] = inspect_checkpoint(out)
         assert rates[bits].rate in (out / "README.md").read_text()
@@ -139,10 +140,12 @@ def test_many_shards(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_killed_run_resumes_without_redoing_layers(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = (
-        "import sys, time; from pathlib import Path; from pcdvq_quantizer import run\n"
-        "options = run.QuantizeOptions(bits=3.0)\n"
-        "run.quantize_model(run.make_plan(sys.argv[1], options), Path(sys.argv[2]),"
-        " progress=lambda weights: time.sleep(0.3))"
+        "import sys, time; from pathlib import Path; from pcdvq_quantizer import plan, run\n"
+        "class Slow(run.Progress):\n"
+        "    def advance(self, steps): time.sleep(0.3)\n"
+        "options = plan.QuantizeOptions(bits=3.0, calibration='none')\n"
+        "run.quantize_model(plan.make_plan(sys.argv[1], options), Path(sys.argv[2]),"
+        " progress=Slow())"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(model), str(out)])
     layers = tmp_path / "out.partial" / "layers"
@@ -157,11 +160,11 @@ def test_killed_run_resumes_without_redoing_layers(model: Path, tmp_path: Path) 
 
     quantized = []
     plan = make_plan(str(model), OPTIONS)
-    original = run._quantize_layer
+    original = run.quantize_uncalibrated
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             run,
-            "_quantize_layer",
+            "quantize_uncalibrated",
             lambda plan, name: quantized.append(name) or original(plan, name),
         )
         quantize_model(plan, out)
@@ -188,7 +191,7 @@ def test_run_killed_at_the_end_resumes(
         with pytest.raises(KeyboardInterrupt):
             quantize_model(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(run, "_quantize_layer", None)  # no layer may be done again
+    monkeypatch.setattr(run, "quantize_uncalibrated", None)  # no layer may be done again
     quantize_model(plan, tmp_path / "out")
     assert not {"layers", "run.json", "lock"} & {path.name for path in (tmp_path / "out").iterdir()}
 

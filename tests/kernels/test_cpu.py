@@ -202,7 +202,9 @@ def test_trellis(isa, dim, parity, state_bits, field_bits):
         assert actual.dtype == torch.int32
         expected = fallback.trellis(x, weight, codewords, parity, state_bits)
         assert torch.equal(actual, expected)
-        assert torch.equal(trellis_codes(x, weight, codewords, parity, state_bits)[:16], actual[:16])
+        assert torch.equal(
+            trellis_codes(x, weight, codewords, parity, state_bits)[:16], actual[:16]
+        )
 
 
 @pytest.mark.parametrize(

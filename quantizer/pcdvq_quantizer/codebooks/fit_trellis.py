@@ -72,7 +72,7 @@ _TRELLIS_2 = Variant(
 _TRELLIS_3 = Variant(
     bits="3", vector_dim=4, parity=True, pattern_bits=8, rotation_bits=2, state_bits=3, clip=3.4
 )
-# As in the signed codebook of this rate, parity gains nothing. Four states keep the table at 16 KiB.
+# As in `signed` at this rate, parity gains nothing. Four states keep the table at 16 KiB.
 _TRELLIS_4 = Variant(
     bits="4", vector_dim=4, parity=False, pattern_bits=12, rotation_bits=2, state_bits=2, clip=3.6,
     groups=100_000, iterations=30,

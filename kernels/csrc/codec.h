@@ -42,6 +42,11 @@ struct Codec {
   // Whether a table with a row per code, signs included, stays in L1.
   static constexpr bool kSignedTable =
       DIM == 4 && SIGNS && !STATES && CODE_BITS && DIM << CODE_BITS <= kTableBytes;
+  // Whether a table with a row per state and pattern, rotations made, stays in L1.
+  static constexpr bool kRotatedTable =
+      DIM == 4 && STATES > 0 && DIM << (STATES + CODE_BITS - kSignBits + PARITY) <= kTableBytes;
+  // Whether the octets of a trellis codec are taken from 32-bit words.
+  static constexpr bool kWords = STATES > 0 && kPeriod == 1 && kOctetBits > 16 && kOctetBits <= 32;
   // Largest offset in a byte of an octet's first bit.
   static constexpr int kMaxOffset = kPeriod ? 8 - 8 / kPeriod : 7;
   static_assert(kPeriod <= 1 || (kCodes == 1 && kSignBits % 8 == 0), "fields start as octets do");
@@ -63,6 +68,7 @@ struct Codec {
   int read_bytes() const {
     const int last_field = STATES ? code_bits() - state_bits() : kSignBits;
     const int last = last_field > kSignBits ? last_field : kSignBits;
+    if (kWords) return 4;
     return kPeriod == 1 ? kOctetBits / 8 : ((kCodes - 1) * code_bits() + last + 7) / 8 + 4;
   }
 
@@ -83,10 +89,11 @@ struct Codec {
       uint64_t fields = field(bytes, first + kSignBits, i * CODE_BITS + kSignBits,
                               code_bits() - kSignBits);
       if (STATES) {
-        rotations[i] = fields >> base_bits();
         const int at = code_bits() - state_bits();
         const uint64_t state = field(row.above + byte, first + at, i * CODE_BITS + at, state_bits());
-        fields = (fields & ((uint64_t(1) << base_bits()) - 1)) | (state << base_bits() & row.keep);
+        const int row_bits = kRotatedTable ? code_bits() - kSignBits : base_bits();
+        rotations[i] = fields >> row_bits;
+        fields = (fields & ((uint64_t(1) << row_bits) - 1)) | (state << row_bits & row.keep);
       }
       rows[i] = codeword_row(fields, code_signs);
       signs |= code_signs << (DIM * i);
@@ -94,7 +101,7 @@ struct Codec {
     if (DIM == 4 && CODE_BITS == 16) {  // both codes' signs at once
       signs = (load_as<uint32_t>(bytes + (bit >> 3)) & 0x000F000Fu) * 0x10010u >> 16;
     }
-    const Levels levels = STATES ? load_rotated(rows, rotations) : load(rows);
+    const Levels levels = STATES && !kRotatedTable ? load_rotated(rows, rotations) : load(rows);
     return SIGNS && !kSignedTable ? levels.negate(signs) : levels;
   }
 
@@ -122,6 +129,22 @@ struct Codec {
     }
   }
 
+  // table[state][pattern][parity] = levels before signs, for four dimensions.
+  static void expand_rotations(const int8_t* codewords, int8_t* table) {
+    constexpr int64_t kStates = kRotatedTable ? 1 << STATES : 0;
+    constexpr int64_t kRows =
+        kRotatedTable ? 1 << (CODE_BITS - kSignBits - kRotationBits + PARITY) : 0;
+    for (int64_t state = 0; state < kStates; ++state) {
+      for (int rotation = 0; rotation < DIM; ++rotation) {
+        for (int64_t row = 0; row < kRows; ++row) {
+          const uint32_t word = load_as<uint32_t>(codewords + (state * kRows + row) * DIM);
+          const uint32_t levels = uint32_t((uint64_t(word) << 32 | word) >> (8 * rotation));
+          std::memcpy(table + ((state * DIM + rotation) * kRows + row) * DIM, &levels, DIM);
+        }
+      }
+    }
+  }
+
  private:
   const int code_bits_, state_bits_, rotation_bits_;
 
@@ -130,6 +153,10 @@ struct Codec {
 
   // `width` bits of `bytes` from bit `bit` on, bit `position` of their octet.
   static PCDVQ_INLINE uint64_t field(const uint8_t* bytes, int64_t bit, int position, int width) {
+    if (kWords) {
+      const uint32_t word = load_as<uint32_t>(bytes + ((bit - position) >> 3));
+      return word >> position & ((1u << width) - 1);
+    }
     const uint8_t* p = bytes + (bit >> 3);
     const int end = width + (kPeriod == 1 ? position & 7 : kMaxOffset);
     const uint64_t word = !CODE_BITS || end > 16 ? load_as<uint32_t>(p)
@@ -318,7 +345,10 @@ void fused(const Weights& w, int64_t row, int64_t rows, const float* x, int64_t 
 
 template <class C>
 constexpr Decoder make_decoder() {
-  return {decode<C>, fused<C>, C::kSignedTable ? C::expand : nullptr};
+  return {decode<C>, fused<C>,
+          C::kSignedTable    ? C::expand
+          : C::kRotatedTable ? C::expand_rotations
+                             : nullptr};
 }
 
 template <int DIM>

@@ -13,7 +13,7 @@ mean of what it stands for, first in floating point, then with entries rounded t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -72,12 +72,13 @@ _TRELLIS_2 = Variant(
 _TRELLIS_3 = Variant(
     bits="3", vector_dim=4, parity=True, pattern_bits=8, rotation_bits=2, state_bits=3, clip=3.4
 )
-# As in the signed codebook of this rate, parity gains nothing. Four states keep the table at 16 KiB.
+# As in `signed` at this rate, parity gains nothing. Four states keep the table at 16 KiB.
 _TRELLIS_4 = Variant(
     bits="4", vector_dim=4, parity=False, pattern_bits=12, rotation_bits=2, state_bits=2, clip=3.6,
     groups=100_000, iterations=30,
 )  # fmt: skip
-VARIANTS = {v.bits: v for v in (_TRELLIS_2, _TRELLIS_3, _TRELLIS_4)}
+_TRELLIS_2_25 = replace(_TRELLIS_2, bits="2.25", pattern_bits=10, groups=150_000, iterations=25)
+VARIANTS = {v.bits: v for v in (_TRELLIS_2, _TRELLIS_2_25, _TRELLIS_3, _TRELLIS_4)}
 
 
 @dataclass(frozen=True)

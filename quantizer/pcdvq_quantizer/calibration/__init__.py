@@ -1,0 +1,1 @@
+"""Calibrated quantization: layer by layer, with error feedback, against the original model."""

@@ -1,0 +1,131 @@
+"""Calibration text: a file, a dataset, or text the model itself writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from pcdvq_kernels.errors import PCDVQError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+TEXT_FIELD = "text"
+MAX_DOCUMENTS = 100_000  # of a dataset, which may be larger than memory
+
+
+def read_documents(calibration: str) -> list[str]:
+    """The documents of a text file (one), a JSONL file (field `text`), or a `datasets` name.
+
+    Raises:
+        PCDVQError: it is not found, not text, empty, or has no such field.
+    """
+    path = Path(calibration).expanduser()
+    if path.is_file():
+        text = _read_text(path)
+        documents = list(_jsonl(path, text)) if path.suffix in (".jsonl", ".json") else [text]
+    else:
+        documents = list(islice(_dataset(calibration), MAX_DOCUMENTS))
+    if not any(document.strip() for document in documents):
+        raise PCDVQError(f"calibration text {calibration} is empty; give one with text in it")
+    return documents
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PCDVQError(
+            f"calibration text {path} is not UTF-8 text (byte {error.start}); give a text file, or "
+            f"JSONL with a field {TEXT_FIELD!r}"
+        ) from None
+    if "\0" in text:
+        raise PCDVQError(f"calibration text {path} holds NUL bytes: a binary file? Give text")
+    return text
+
+
+def _jsonl(path: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield _field(json.loads(line), f"{path}, line {number}")
+        except json.JSONDecodeError as error:
+            raise PCDVQError(f"{path}, line {number} is not JSON ({error.msg})") from None
+
+
+def _field(record: Any, where: str) -> str:
+    text = record.get(TEXT_FIELD) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        has = f"fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
+        raise PCDVQError(f"{where}: no string field {TEXT_FIELD!r} (found {has}); rename it")
+    return text
+
+
+def _dataset(name: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise PCDVQError(
+            f"calibration {name!r} is not a file, and reading a dataset of that name needs "
+            "`pip install datasets`"
+        ) from None
+    repository, _, config = name.partition(":")
+    try:
+        records = datasets.load_dataset(
+            repository, config or None, split="train", streaming=True
+        )
+        for record in records:
+            yield _field(record, name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise PCDVQError(
+            f"calibration {name!r} is neither a file nor a dataset that can be read "
+            f"({str(error).strip().splitlines()[0]}); name datasets as NAME or NAME:CONFIG"
+        ) from error
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[list[int]]:
+    """Token ids of each document, without special tokens."""
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
+
+
+def sample_windows(
+    tokenizer: PreTrainedTokenizerBase, documents: list[list[int]], samples: int, length: int
+) -> Tensor:
+    """Windows spread evenly over `documents`, laid end to end.
+
+    Args:
+        documents: token ids.
+        samples: S, windows wanted; fewer are given where the text is short.
+        length: T, tokens of a window.
+
+    Returns:
+        int64 [at most S, T]; each window starts with the BOS token where the tokenizer adds one.
+
+    Raises:
+        PCDVQError: the text is shorter than one window.
+    """
+    end = tokenizer.eos_token_id
+    separator = [] if end is None or len(documents) == 1 else [end]
+    stream = [token for document in documents for token in (*document, *separator)]
+    start = _leading_tokens(tokenizer)
+    body = length - len(start)
+    count = len(stream) // body
+    if count == 0:
+        raise PCDVQError(
+            f"calibration text has {len(stream)} tokens, less than one window of {length}; give "
+            "more text or a smaller --sequence-length"
+        )
+    windows = torch.tensor(stream[: count * body]).view(count, body)
+    chosen = windows[torch.linspace(0, count - 1, min(samples, count)).round().long()]
+    return torch.cat([torch.tensor(start).long().expand(len(chosen), -1), chosen], dim=1)
+
+
+def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] where the tokenizer puts it before every text, else []."""
+    bos = tokenizer.bos_token_id
+    tokens = tokenizer("a")["input_ids"]
+    return [bos] if bos is not None and tokens[:1] == [bos] else []

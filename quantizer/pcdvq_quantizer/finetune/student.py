@@ -143,9 +143,7 @@ def _open_row_scales(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Tra
         linear = ScaledLinear(dense.weight.data, scale, bias)
         model.set_submodule(name, linear)
         unit = scale.clone()
-        found.append(
-            Trainable.make(f"{name}.{ROW_SCALE}", linear.row_scale, unit, torch.bfloat16)
-        )
+        found.append(Trainable.make(f"{name}.{ROW_SCALE}", linear.row_scale, unit, torch.bfloat16))
     return found
 
 

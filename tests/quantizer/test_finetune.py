@@ -3,7 +3,9 @@
 import json
 import random
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,14 @@ from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.cli import app
 from pcdvq_quantizer.evaluation.files import ModelFiles
 from pcdvq_quantizer.evaluation.hf_model import load_causal_lm
-from pcdvq_quantizer.finetune import FinetuneOptions, Step, distillation, finetune_checkpoint, run
+from pcdvq_quantizer.finetune import (
+    FinetuneOptions,
+    Step,
+    distillation,
+    finetune_checkpoint,
+    run,
+    training,
+)
 from pcdvq_quantizer.finetune.distillation import Distillation
 from pcdvq_quantizer.finetune.student import Student
 from pcdvq_quantizer.run import QuantizeOptions, make_plan, quantize_model
@@ -230,10 +239,18 @@ def test_recomputed_layers_give_the_same(
     assert results[0].kl_after == pytest.approx(results[1].kl_after, rel=1e-5)
 
 
-def test_time_limit(checkpoint: Path, options: FinetuneOptions, tmp_path: Path) -> None:
-    result = finetune_checkpoint(checkpoint, tmp_path / "out", replace(options, minutes=1e-6))
-    assert result.steps == 1
-    assert result.kl_after <= result.kl_before
+def test_time_limit(
+    checkpoint: Path, options: FinetuneOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each validation and each step take one second; every second step is validated.
+    clock = SimpleNamespace(monotonic=count().__next__)
+    monkeypatch.setattr(training, "time", clock)
+    limited = replace(options, minutes=7 / 60)
+    result = finetune_checkpoint(checkpoint, tmp_path / "out", limited)
+    assert result.steps == 4
+    assert result.kl_after < result.kl_before
+    report = json.loads((tmp_path / "out" / "pcdvq_report.json").read_text())
+    assert [each["step"] for each in report["finetune"]["holdout_kl"]] == [0, 2, 4]
 
 
 def test_text_is_repeated_and_holdout_kept_apart(

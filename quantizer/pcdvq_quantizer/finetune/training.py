@@ -61,7 +61,7 @@ class TrainingState:
         delta: fp32 [P], relative changes; `best` those with the lowest hold-out KL.
         optimizer: state of Adam; None before the first step.
         step: steps done.
-        seconds: spent on them.
+        seconds: spent on them and on validation.
         validations: (steps done, hold-out KL); the first is of the checkpoint as it came.
         diverged: whether training ended for that.
     """
@@ -151,7 +151,7 @@ class Trainer:
 
     def _validate(self, originals: list[Tensor | None]) -> None:
         """Measure the hold-out KL of the student as it is and judge it."""
-        state = self.state
+        started, state = time.monotonic(), self.state
         pairs = zip(self._windows.holdout, originals, strict=True)
         kl = fmean(self._distillation.measure(ids, original) for ids, original in pairs)
         if not state.validations and not math.isfinite(kl):
@@ -163,6 +163,7 @@ class Trainer:
             state.best = state.delta.clone()
         state.validations.append((state.step, kl))
         state.diverged = not kl <= state.start_kl  # also where it is NaN
+        state.seconds += time.monotonic() - started
 
     def _share_done(self) -> float:
         """Of the run, by steps or by time."""

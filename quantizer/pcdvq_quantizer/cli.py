@@ -186,8 +186,11 @@ def finetune(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Recover quality: distil the original model into row scales and norms of CHECKPOINT."""
+    from transformers.utils import logging
+
     from pcdvq_quantizer.finetune import FinetuneOptions, Step, finetune_checkpoint
 
+    logging.disable_progress_bar()
     options = FinetuneOptions(
         calibration=calibration,
         reference=reference,

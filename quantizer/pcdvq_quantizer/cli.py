@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from pcdvq_kernels.errors import PCDVQError
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress, TaskID, TextColumn
 
 from pcdvq_quantizer.bars import Bars
 
@@ -193,6 +193,75 @@ def evaluate_model(
         typer.echo(report.to_json())
     elif json is not None:
         json.write_text(report.to_json() + "\n", encoding="utf-8")
+
+
+@app.command()
+def finetune(
+    checkpoint: Annotated[Path, typer.Argument(help="PCDVQ checkpoint directory.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    calibration: Annotated[
+        str, typer.Option(help="Text file, JSONL file (field `text`), or name of a dataset.")
+    ],
+    reference: Annotated[
+        str | None, typer.Option(help="Original model; default: the checkpoint's report names it.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 65_536,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    holdout: Annotated[int, typer.Option(help="Windows kept for validation.")] = 4,
+    windows_per_step: Annotated[
+        int | None, typer.Option(help="Default: up to 4, fewer for the sake of 40 steps.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time limit for training.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak relative change per step.")] = 5e-3,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the order of windows.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Recover quality: distil the original model into row scales and norms of CHECKPOINT."""
+    from transformers.utils import logging
+
+    from pcdvq_quantizer.finetune import FinetuneOptions, Step, finetune_checkpoint
+
+    logging.disable_progress_bar()
+    options = FinetuneOptions(
+        calibration=calibration,
+        reference=reference,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        holdout=holdout,
+        windows_per_step=windows_per_step,
+        minutes=minutes,
+        learning_rate=learning_rate,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("Fine-tuning", total=options.steps, figures="loading")
+
+        def show(step: Step) -> None:
+            bar.update(
+                task,
+                completed=step.done,
+                figures=f"KL {step.kl:.4f}, hold-out {step.holdout_kl:.4f}, "
+                f"{step.tokens_per_second:.0f} tokens/s",
+            )
+
+        result = finetune_checkpoint(checkpoint, out, options, overwrite, show)
+    if result.diverged:
+        console.print(
+            f"Training diverged at step {result.steps} and was stopped; the best parameters before "
+            "that are kept. A smaller --learning-rate may get further.",
+            soft_wrap=True,
+        )
+    console.print(
+        f"{out}: KL from the original on held-out text {result.kl_before:.4f} -> "
+        f"{result.kl_after:.4f} nats per token",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pcdvq_quantizer.hf  # noqa: F401 transformers then loads PCDVQ checkpoints
 import pytest
 import torch
 from models import save_model, tiny_config
@@ -32,8 +33,6 @@ from pcdvq_quantizer.selection import select_layers
 from pcdvq_quantizer.sources import open_source
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-
-import pcdvq_quantizer.hf  # noqa: F401 transformers then loads PCDVQ checkpoints
 
 OPTIONS = QuantizeOptions(bits=3.0, samples=8, sequence_length=64)
 
@@ -268,10 +267,10 @@ def test_other_calibration_text_does_not_resume(
     text.write_text("something else" * 200)
     with pytest.raises(PCDVQError, match="calibration_sha256"):
         quantize_model(make_plan(str(model), options), tmp_path / "out")
+    text.write_text("abcdefgh" * 200)
+    more = make_plan(str(model), replace(options, samples=9))
     with pytest.raises(PCDVQError, match="samples = 8, this run has 9"):
-        text.write_text("abcdefgh" * 200)
-        more = replace(options, samples=9)
-        quantize_model(make_plan(str(model), more), tmp_path / "out")
+        quantize_model(more, tmp_path / "out")
 
 
 def test_text_of_the_model_itself(model: Path, tmp_path: Path) -> None:
@@ -347,7 +346,7 @@ def test_model_without_tokenizer(tmp_path: Path, text: Path) -> None:
     for file in source.glob("token*"):
         file.unlink()
     options = replace(OPTIONS, calibration=str(text))
-    with pytest.raises(PCDVQError, match="no tokenizer.*--calibration none"):
+    with pytest.raises(PCDVQError, match=r"no tokenizer.*--calibration none"):
         quantize_model(make_plan(str(source), options), tmp_path / "out")
 
 

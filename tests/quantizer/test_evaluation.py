@@ -13,6 +13,7 @@ from pcdvq_quantizer.cli import app
 from pcdvq_quantizer.evaluation import EvaluateOptions, EvaluationReport, evaluate, hf_model
 from pcdvq_quantizer.evaluation.data import Sequence
 from pcdvq_quantizer.evaluation.hf_model import HFModel
+from pcdvq_quantizer.hf.logits import ChunkedLogits
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
 from torch import Tensor
@@ -143,8 +144,8 @@ def test_logits_in_chunks_are_the_models(
     expected = expected.gather(1, tokens[1:, None])[:, 0][-30:]
     monkeypatch.setattr(hf_model, "CHUNK_POSITIONS", 16)
     scorer = HFModel(model)
-    assert scorer._chunked
-    for scorer._chunked in (True, False):
+    assert scorer._logits.chunked
+    for scorer._logits.chunked in (True, False):
         found = scorer.log_likelihoods(Sequence(tokens, 30))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -153,8 +154,8 @@ def test_a_head_that_cannot_be_split_is_noticed(monkeypatch: pytest.MonkeyPatch)
     config = tiny_config()
     del config["model_type"]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config)).eval()
-    monkeypatch.setattr(HFModel, "_hidden", lambda self, ids: torch.zeros(1, len(ids), 64))
-    assert not HFModel(model)._chunked
+    monkeypatch.setattr(ChunkedLogits, "body", lambda self, ids: torch.zeros(1, len(ids), 64))
+    assert not ChunkedLogits(model).chunked
 
 
 def bigram_model(directory: Path, successors: dict[str, str]) -> Path:

@@ -200,8 +200,9 @@ def finetune(
     checkpoint: Annotated[Path, typer.Argument(help="PCDVQ checkpoint directory.")],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     calibration: Annotated[
-        str, typer.Option(help="Text file, JSONL file (field `text`), or name of a dataset.")
-    ],
+        str,
+        typer.Option(help="Text file, JSONL file, `datasets` name, or `self`, as in quantize."),
+    ] = "self",
     reference: Annotated[
         str | None, typer.Option(help="Original model; default: the checkpoint's report names it.")
     ] = None,

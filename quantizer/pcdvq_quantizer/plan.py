@@ -149,10 +149,12 @@ class Plan:
     def fingerprint(self) -> dict[str, object]:
         """Equal for runs that make the same checkpoint."""
         model = json.dumps([self.source.config, self.source.shapes], sort_keys=True, default=str)
-        print_ = {"model": self.source.name, "model_sha256": _sha256(model.encode())}
-        if (text := Path(self.options.calibration).expanduser()).is_file():
-            print_["calibration_sha256"] = _sha256(text.read_bytes())
-        return {**print_, **asdict(self.options)}
+        return {
+            "model": self.source.name,
+            "model_sha256": _sha256(model.encode()),
+            "calibration_sha256": text_sha256(self.options.calibration),
+            **asdict(self.options),
+        }
 
 
 def make_plan(model: str, options: QuantizeOptions) -> Plan:
@@ -178,6 +180,12 @@ def make_plan(model: str, options: QuantizeOptions) -> Plan:
     if embedding_codebook is not None:
         codebooks |= dict.fromkeys(selection.stored_embeddings, embedding_codebook)
     return Plan(source, options, selection, codebooks)
+
+
+def text_sha256(calibration: str) -> str | None:
+    """Digest of the file that `calibration` names, None where it names none."""
+    path = Path(calibration).expanduser()
+    return _sha256(path.read_bytes()) if path.is_file() else None
 
 
 def _sha256(data: bytes) -> str:

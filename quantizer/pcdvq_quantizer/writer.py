@@ -94,7 +94,10 @@ class CheckpointWriter:
             with FileLock(self._partial / "lock", timeout=0):
                 self._check_run()
                 self._check_space(needed_bytes)
-                yield self
+                try:
+                    yield self
+                finally:
+                    self._remove_if_useless()
         except Timeout:
             raise PCDVQError(f"another run is writing {self._partial}; wait for it") from None
         except (OSError, SafetensorError) as error:
@@ -105,6 +108,11 @@ class CheckpointWriter:
                 f"cannot write {self._partial}: {error}. Free some space or choose another OUT; "
                 "the same command then continues where it stopped"
             ) from error
+
+    def _remove_if_useless(self) -> None:
+        """Nothing made yet is nothing to resume: the next run may have other options."""
+        if self._partial.exists() and not any(self._partial.rglob("*.safetensors")):
+            shutil.rmtree(self._partial)
 
     def _check_run(self) -> None:
         path = self._partial / RUN_FILE

@@ -25,6 +25,7 @@ from pcdvq_quantizer.finetune import (
 )
 from pcdvq_quantizer.finetune.distillation import Distillation
 from pcdvq_quantizer.finetune.student import Student
+from pcdvq_quantizer.finetune.training import Windows
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
 from safetensors.torch import load_file
@@ -76,13 +77,18 @@ def plain_kl(original: PreTrainedModel, model: PreTrainedModel, windows: Tensor)
     )
 
 
+def windows_of(checkpoint: Path, options: FinetuneOptions) -> Windows:
+    files = ModelFiles.find(str(checkpoint))
+    return run._hold_out(run._make_windows(files, files, options), options)
+
+
 def test_result_is_better_and_serves_as_measured(
     checkpoint: Path, options: FinetuneOptions, tmp_path: Path
 ) -> None:
     result = finetune_checkpoint(checkpoint, tmp_path / "out", options)
     assert result.kl_after < 0.9 * result.kl_before
     assert (result.steps, result.diverged) == (10, False)
-    holdout = run._read_windows(ModelFiles.find(str(checkpoint)), options).holdout
+    holdout = windows_of(checkpoint, options).holdout
     original = load(checkpoint.parent / "model")
     model = load(tmp_path / "out")
     with torch.no_grad():
@@ -257,7 +263,7 @@ def test_time_limit(
 def test_text_is_repeated_and_holdout_kept_apart(
     checkpoint: Path, options: FinetuneOptions
 ) -> None:
-    windows = run._read_windows(ModelFiles.find(str(checkpoint)), replace(options, tokens=10**6))
+    windows = windows_of(checkpoint, replace(options, tokens=10**6))
     assert len(windows.holdout) == 4
     assert len(windows.training) == 3000 // 48 - 4
     both = torch.cat([windows.training, windows.holdout])
@@ -304,3 +310,9 @@ def _short_text(directory: Path) -> str:
     path = directory / "short.txt"
     path.write_text("too short")
     return str(path)
+
+
+def test_text_of_the_original_itself(checkpoint: Path, tmp_path: Path) -> None:
+    options = FinetuneOptions(tokens=96, sequence_length=48, holdout=1)
+    result = finetune_checkpoint(checkpoint, tmp_path / "out", options)
+    assert result.kl_after <= result.kl_before

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from pcdvq_kernels.errors import PCDVQError
 
+from pcdvq_quantizer.plan import SELF
+
 MAX_WINDOWS_PER_STEP = 4
 WANTED_STEPS = 40
 
@@ -15,7 +17,7 @@ class FinetuneOptions:
     """Options of one fine-tuning run, checked when made.
 
     Attributes:
-        calibration: text file, JSONL file or dataset (`calibration.text.read_documents`).
+        calibration: text file, JSONL file or dataset (`calibration.text.read_documents`), or SELF.
         reference: the original model; None is the one the checkpoint's report names.
         tokens: to train on; a shorter text is gone through several times.
         sequence_length: tokens of a window.
@@ -29,7 +31,7 @@ class FinetuneOptions:
         seed: of the order of windows.
     """
 
-    calibration: str
+    calibration: str = SELF
     reference: str | None = None
     tokens: int = 65_536
     sequence_length: int = 1024

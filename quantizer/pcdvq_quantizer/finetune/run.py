@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pcdvq_quantizer.calibration.generate import generate_documents
 from pcdvq_quantizer.calibration.text import read_documents, sample_windows, tokenize
 from pcdvq_quantizer.evaluation.files import ModelFiles, find_reference
 from pcdvq_quantizer.evaluation.hf_model import load_causal_lm
@@ -28,9 +29,12 @@ from pcdvq_quantizer.finetune.distillation import Distillation
 from pcdvq_quantizer.finetune.options import FinetuneOptions
 from pcdvq_quantizer.finetune.student import Student
 from pcdvq_quantizer.finetune.training import Progress, Trainer, TrainingState, Windows
-from pcdvq_quantizer.writer import LAYER_DIR, RUN_FILE, CheckpointWriter
+from pcdvq_quantizer.plan import SELF, text_sha256
+from pcdvq_quantizer.progress import Progress as Reporter
+from pcdvq_quantizer.writer import RUN_FILE, CheckpointWriter
 
-STATE_FILE = "finetune.pt"
+STATE_FILE = "finetune.safetensors"
+WINDOWS_FILE = "windows.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,10 @@ def finetune_checkpoint(
     opened = open_checkpoint(checkpoint)
     files = ModelFiles.find(str(checkpoint))
     reference = find_reference(files, options.reference)
-    windows = _read_windows(files, options)
-    writer = CheckpointWriter(output, _fingerprint(opened, reference, windows, options), overwrite)
+    writer = CheckpointWriter(output, _fingerprint(opened, reference, options), overwrite)
     with writer.open(needed_bytes=_bytes(checkpoint)):
-        path = writer.directory / LAYER_DIR / STATE_FILE
+        path = writer.work_directory / STATE_FILE
+        windows = _kept_windows(writer.work_directory / WINDOWS_FILE, files, reference, options)
         state, tensors = _train(opened, files, reference, windows, options, path, progress)
         _copy_checkpoint(checkpoint, writer.directory, tensors)
         report = _read_report(checkpoint)
@@ -85,7 +89,21 @@ def finetune_checkpoint(
     return FinetuneResult(published, state.start_kl, state.best_kl, state.step, state.diverged)
 
 
-def _read_windows(files: ModelFiles, options: FinetuneOptions) -> Windows:
+def _kept_windows(
+    path: Path, files: ModelFiles, reference: ModelFiles, options: FinetuneOptions
+) -> Windows:
+    """The windows an interrupted run left at `path`, or new ones, which are kept there."""
+    if not path.exists():
+        windows = _make_windows(files, reference, options)
+        _hold_out(windows, options)  # nothing is kept of a text that is too short
+        scratch = path.with_name(path.name + ".tmp")
+        save_file({"windows": windows}, scratch)
+        scratch.replace(path)
+    return _hold_out(load_file(path)["windows"], options)
+
+
+def _make_windows(files: ModelFiles, reference: ModelFiles, options: FinetuneOptions) -> Tensor:
+    """int64 [S, T], as many as `options` want or the text has."""
     text_config = files.config.get("text_config") or files.config
     context = text_config.get("max_position_embeddings")
     if isinstance(context, int) and options.sequence_length > context:
@@ -94,9 +112,18 @@ def _read_windows(files: ModelFiles, options: FinetuneOptions) -> Windows:
             "give a smaller one"
         )
     tokenizer = files.tokenizer()
-    documents = tokenize(tokenizer, read_documents(options.calibration))
     wanted = options.windows + options.holdout
-    windows = sample_windows(tokenizer, documents, wanted, options.sequence_length)
+    if options.calibration == SELF:
+        original = load_causal_lm(reference, "float32").eval()
+        tokens = wanted * options.sequence_length
+        with torch.no_grad():
+            texts = generate_documents(original, tokenizer, tokens, options.seed, Reporter())
+    else:
+        texts = tokenize(tokenizer, read_documents(options.calibration))
+    return sample_windows(tokenizer, texts, wanted, options.sequence_length)
+
+
+def _hold_out(windows: Tensor, options: FinetuneOptions) -> Windows:
     if len(windows) <= options.holdout:
         raise PCDVQError(
             f"calibration text has {len(windows)} windows of {options.sequence_length} tokens, "
@@ -131,12 +158,9 @@ def _train(
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, reference: ModelFiles, windows: Windows, options: FinetuneOptions
+    checkpoint: Checkpoint, reference: ModelFiles, options: FinetuneOptions
 ) -> dict[str, Any]:
     """Equal for runs that make the same checkpoint."""
-    text = hashlib.sha256()
-    for part in (windows.training, windows.holdout):
-        text.update(part.numpy().tobytes())
     scales = hashlib.sha256()
     for layer in checkpoint.layers:
         name = f"{layer}.{ROW_SCALE}"
@@ -145,7 +169,7 @@ def _fingerprint(
     return {
         "checkpoint": str(checkpoint.directory),
         "checkpoint_sha256": scales.hexdigest(),
-        "text_sha256": text.hexdigest(),
+        "calibration_sha256": text_sha256(options.calibration),
         **asdict(options),
         "reference": reference.name,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -9,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from pcdvq_kernels.errors import PCDVQError
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pcdvq_quantizer.finetune.distillation import Distillation
@@ -22,6 +24,7 @@ from pcdvq_quantizer.finetune.student import Student
 BETAS = (0.9, 0.95)  # steps are few: a longer memory would be mostly of the first ones
 WARMUP_SHARE = 0.1
 VALIDATIONS = 6
+NUMBERS = ("step", "seconds", "validations", "diverged")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class TrainingState:
 
     Attributes:
         delta: fp32 [P], relative changes; `best` those with the lowest hold-out KL.
-        optimizer: state of Adam; None before the first step.
+        optimizer: Adam's state of the parameters, empty before the first step.
         step: steps done.
         seconds: spent on them and on validation.
         validations: (steps done, hold-out KL); the first is of the checkpoint as it came.
@@ -68,7 +71,7 @@ class TrainingState:
 
     delta: Tensor
     best: Tensor
-    optimizer: dict[str, Any] | None = None
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
     validations: list[tuple[int, float]] = field(default_factory=list)
@@ -85,7 +88,11 @@ class TrainingState:
     def save(self, path: Path) -> None:
         """Write it to `path`, whole or not at all."""
         scratch = path.with_name(path.name + ".tmp")
-        torch.save(vars(self), scratch)
+        tensors = {"delta": self.delta, "best": self.best, **self.optimizer}
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        # Delta and best are one tensor where the last validation was the best.
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        save_file(tensors, scratch, {"numbers": json.dumps(numbers)})
         os.replace(scratch, path)
 
     @classmethod
@@ -93,7 +100,10 @@ class TrainingState:
         """What an interrupted run left at `path`, or the beginning of a run."""
         device = student.model.device
         if path.exists():
-            return cls(**torch.load(path, map_location=device, weights_only=True))
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                numbers = json.loads(file.metadata()["numbers"])
+            return cls(tensors.pop("delta"), tensors.pop("best"), tensors, **numbers)
         delta = torch.zeros(student.size, device=device)
         return cls(delta, delta.clone())
 
@@ -120,8 +130,8 @@ class Trainer:
         state, steps = self.state, self._options.steps
         delta = torch.nn.Parameter(state.delta)
         optimizer = torch.optim.Adam([delta], betas=BETAS)
-        if state.optimizer is not None:
-            optimizer.load_state_dict(state.optimizer)
+        if state.optimizer:
+            optimizer.state[delta] = state.optimizer
         originals = [self._distillation.original_body(ids) for ids in self._windows.holdout]
         self._student.set(delta.detach())
         if not state.validations:
@@ -138,7 +148,7 @@ class Trainer:
             optimizer.step()
             self._student.set(delta.detach())
             state.step += 1
-            state.optimizer = optimizer.state_dict()
+            state.optimizer = optimizer.state[delta]
             seconds = time.monotonic() - started
             state.seconds += seconds
             if state.step % self._every == 0 or state.step == steps or self._share_done() >= 1:

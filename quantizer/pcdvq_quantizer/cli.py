@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pcdvq_kernels.errors import PCDVQError
@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID, TextColumn
 
 from pcdvq_quantizer.bars import Bars
+
+if TYPE_CHECKING:
+    from pcdvq_quantizer.finetune import FinetuneOptions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,12 +75,17 @@ def quantize(
     ] = "self",
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 24,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    finetune: Annotated[
+        bool,
+        typer.Option("--finetune", help="Then distil the original into OUT, as `pcdvq finetune`."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of signs and calibration text.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Quantize MODEL into the PCDVQ checkpoint OUT."""
+    from pcdvq_quantizer.finetune import FinetuneOptions
     from pcdvq_quantizer.inspection import describe_rate
-    from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+    from pcdvq_quantizer.plan import NONE, QuantizeOptions, make_plan
     from pcdvq_quantizer.run import quantize_model
 
     options = QuantizeOptions(
@@ -94,8 +102,13 @@ def quantize(
         plan = make_plan(model, options)
     for line in plan.selection.skipped_lines():
         console.print(f"left unquantized: {line}", highlight=False)
+    tuning = FinetuneOptions(calibration, model, sequence_length=sequence_length, seed=seed)
+    if finetune and calibration == NONE:
+        raise PCDVQError("--finetune needs text to learn from; drop --calibration none")
     with Bars(console) as bars:
         checkpoint = quantize_model(plan, out, overwrite, bars)
+    if finetune:
+        _finetune(out, out, tuning, overwrite=True)
     console.print(
         f"{out}: {describe_rate(checkpoint)}. Serve it with: vllm serve {out} --quantization pcdvq",
         highlight=False,
@@ -221,11 +234,8 @@ def finetune(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Recover quality: distil the original model into row scales and norms of CHECKPOINT."""
-    from transformers.utils import logging
+    from pcdvq_quantizer.finetune import FinetuneOptions
 
-    from pcdvq_quantizer.finetune import FinetuneOptions, Step, finetune_checkpoint
-
-    logging.disable_progress_bar()
     options = FinetuneOptions(
         calibration=calibration,
         reference=reference,
@@ -238,6 +248,16 @@ def finetune(
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
     )
+    _finetune(checkpoint, out, options, overwrite)
+
+
+def _finetune(checkpoint: Path, out: Path, options: FinetuneOptions, overwrite: bool) -> None:
+    """Run `finetune_checkpoint` and show how it goes."""
+    from transformers.utils import logging
+
+    from pcdvq_quantizer.finetune import Step, finetune_checkpoint
+
+    logging.disable_progress_bar()
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[figures]}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("Fine-tuning", total=options.steps, figures="loading")

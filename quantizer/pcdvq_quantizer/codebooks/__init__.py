@@ -22,7 +22,7 @@ from pcdvq_quantizer.encode import Encoder
 E8_DIRECTION_BITS = {2.0: 14, 2.25: 16}
 OFFERED = {
     "signed": (2.0, 2.25, 3.0, 4.0),
-    "trellis": (2.0, 3.0, 4.0),
+    "trellis": (2.0, 2.25, 3.0, 4.0),
     "e8": tuple(E8_DIRECTION_BITS),
 }
 

@@ -89,7 +89,7 @@ def test_bad_arguments(change, message):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [(1, 3), (2, 4), (3, 2), (4, 0), (4, 17), (5, 5), (5, -1), (6, 3), (7, 3), (0, 0)],
+    [(1, 3), (2, 4), (3, 2), (4, 0), (4, 17), (5, 5), (5, -1), (6, 2), (7, 3), (0, 0)],
 )
 def test_bad_layout(field, value):
     *args, layout = random_case("signed-8x16", 2, 7, 72).args()

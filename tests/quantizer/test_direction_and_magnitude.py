@@ -34,7 +34,9 @@ def lloyd_max(lengths: Tensor, bits: int) -> Tensor:
     levels = lengths.quantile((torch.arange(1 << bits) + 0.5) / (1 << bits))
     for _ in range(30):
         nearest = (lengths[:, None] - levels).abs().argmin(1)
-        levels = torch.stack([lengths[nearest == i].mean() for i in range(1 << bits)])
+        counts = torch.bincount(nearest, minlength=len(levels))
+        sums = torch.zeros_like(levels).index_add_(0, nearest, lengths)
+        levels = torch.where(counts > 0, sums / counts.clamp_min(1), levels)
     return levels
 
 

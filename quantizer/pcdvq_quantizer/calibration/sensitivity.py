@@ -1,11 +1,12 @@
 """How much the model's predictions suffer from rounding each linear layer.
 
-A rounding error dW of layer l changes its outputs by dy = dW x and the loss, to second order, by
-half of sum_t (g_t . dy_t)^2, g_t the gradient of token t's log-probability (the Fisher information
-as curvature). For an error without direction, of variance e s_n^2 in row n (s_n the row's root mean
-square, e the codec's error on N(0, 1)), that is e / 2 * sum_t |x_t|^2 sum_n g_tn^2 s_n^2. Error
-feedback leaves the share det(H)^(1/K) / (tr(H) / K) of it. This is RSAVQ's guidance of bits by
-Fisher curvature (Riemannian Sensitivity-Aware VQ, 2025) with layers in place of channels.
+To second order, changing the weight W of a layer by dW raises the divergence from the model's own
+predictions by half the sum over sequences of (G . dW)^2, where G is the gradient to W of the
+log-probability of labels drawn from these predictions (the Fisher information as curvature). For a
+rounding error without direction, of variance e s_n^2 in row n (s_n the row's root mean square, e
+the codec's error on N(0, 1)), that is e / 2 * sum_n s_n^2 |G_n|^2. Error feedback leaves the share
+det(H)^(1/K) / (tr(H) / K) of it. This is RSAVQ's guidance of bits by Fisher curvature (Riemannian
+Sensitivity-Aware VQ, 2025) with layers in place of channels.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ class _Watch:
             variance = module.weight.square().mean(1)  # [N]
 
             def backward(gradient: Tensor) -> None:
-                rows = (gradient.flatten(0, -2).square() * variance).sum(1)  # [T]
-                self._losses[name] += (x.square().sum(1) * rows).sum().item() / 2
+                rows = (gradient.flatten(0, -2).T @ x).square().sum(1)  # |G_n|^2, [N]
+                self._losses[name] += (rows * variance).sum().item() / 2
 
             if output.requires_grad:
                 output.register_hook(backward)

@@ -24,7 +24,7 @@ E8_DIRECTION_BITS = {2.0: 14, 2.25: 16}
 SAMPLES, ROWS = 1 << 16, 1 << 8  # groups that distortions are measured on
 OFFERED = {
     "signed": (2.0, 2.25, 3.0, 4.0),
-    "trellis": (2.0, 3.0, 4.0),
+    "trellis": (2.0, 2.25, 3.0, 4.0),
     "e8": tuple(E8_DIRECTION_BITS),
     "int8": (8.0,),
 }

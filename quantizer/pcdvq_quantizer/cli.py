@@ -55,10 +55,10 @@ def quantize(
     codec: Annotated[
         Codec,
         typer.Option(
-            help="signed: fast default; trellis: smaller error, slower; "
-            "e8: the paper's codebook (2 and 2.25); int8: 8 bits."
+            help="trellis: best quality; signed: faster, larger error; e8: the paper's codebook (2 "
+            "and 2.25); int8: 8 bits."
         ),
-    ] = Codec.signed,
+    ] = Codec.trellis,
     embedding_bits: Annotated[
         int,
         typer.Option(help="Bits of input embedding and output head: 4, 8, or 16 to leave them."),

@@ -42,7 +42,7 @@ class QuantizeOptions:
     """
 
     bits: float = 4.0
-    codec: str = "signed"
+    codec: str = "trellis"
     embedding_bits: int = UNQUANTIZED_BITS
     max_tp: int = 8
     seed: int = 0

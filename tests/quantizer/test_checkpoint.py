@@ -23,7 +23,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint")
     source = save_model(directory / "model", tiny_config())
     quantize_model(
-        make_plan(str(source), QuantizeOptions(bits=2.25, calibration="none")),
+        make_plan(str(source), QuantizeOptions(bits=2.25, codec="signed", calibration="none")),
         directory / "quantized",
     )
     return directory / "quantized"

@@ -25,7 +25,7 @@ from pcdvq_quantizer.run import quantize_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-OPTIONS = QuantizeOptions(bits=3.0, calibration="none")
+OPTIONS = QuantizeOptions(bits=3.0, codec="signed", calibration="none")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_killed_run_resumes_without_redoing_layers(model: Path, tmp_path: Path) 
         "import sys, time; from pathlib import Path; from pcdvq_quantizer import plan, run\n"
         "class Slow(run.Progress):\n"
         "    def advance(self, steps): time.sleep(0.3)\n"
-        "options = plan.QuantizeOptions(bits=3.0, calibration='none')\n"
+        "options = plan.QuantizeOptions(bits=3.0, codec='signed', calibration='none')\n"
         "run.quantize_model(plan.make_plan(sys.argv[1], options), Path(sys.argv[2]),"
         " progress=Slow())"
     )

@@ -12,16 +12,20 @@ from pcdvq_quantizer.run import quantize_model
 
 
 def test_vllm_agrees_with_transformers(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
-    original = save_model(tmp_path / "tiny", tiny_config(hidden_size=256, intermediate_size=512))
+    """On a calibrated checkpoint of several rates."""
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    config = tiny_config(hidden_size=256, intermediate_size=512)
+    original = save_model(tmp_path / "tiny", config)
     checkpoint = tmp_path / "out"
-    quantize_model(
-        make_plan(str(original), QuantizeOptions(bits=3.0, calibration="none")), checkpoint
-    )
-    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 5)
+    wanted = QuantizeOptions(bits=3.2, calibration=str(text), samples=4, sequence_length=64)
+    rates = set(quantize_model(make_plan(str(original), wanted), checkpoint).config.layers.values())
+    assert len(rates) > 1
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 5)
     (tmp_path / "lines").write_text('{"text": "brown fox"}\n{"text": "lazy dog"}\n')
     options = {
         "tasks": ("perplexity", "lambada"),
-        "text": tmp_path / "text",
+        "text": text,
         "lambada": tmp_path / "lines",
         "window": 60,
         "dtype": "float32",

@@ -63,6 +63,10 @@ def quantize(
         int,
         typer.Option(help="Bits of input embedding and output head: 4, 8, or 16 to leave them."),
     ] = 16,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave layers of this name as they are, such as `model.layers.0.*`."),
+    ] = None,
     max_tp: Annotated[
         int, typer.Option(help="Largest tensor-parallel size to allow where sizes permit.")
     ] = 8,
@@ -97,6 +101,7 @@ def quantize(
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
+        skip=tuple(skip or ()),
     )
     with console.status(f"Opening {model}"):
         plan = make_plan(model, options)

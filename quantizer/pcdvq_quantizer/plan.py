@@ -17,7 +17,7 @@ from torch import Tensor
 from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook, offered_rates
 from pcdvq_quantizer.embeddings import UNQUANTIZED_BITS, get_embedding_codebook
 from pcdvq_quantizer.layer import QuantizedLinear, check_finite, quantize_linear
-from pcdvq_quantizer.selection import Selection, select_layers
+from pcdvq_quantizer.selection import DEFAULT_SKIP, Selection, select_layers
 from pcdvq_quantizer.sources import Source, open_source
 
 SELF = "self"  # calibrate on text the model writes
@@ -39,6 +39,7 @@ class QuantizeOptions:
         calibration: a text or JSONL file, a `datasets` name, SELF, or NONE.
         samples: windows of calibration text.
         sequence_length: tokens of a window.
+        skip: patterns (fnmatch) of names of linear layers to leave as they are.
     """
 
     bits: float = 4.0
@@ -49,6 +50,7 @@ class QuantizeOptions:
     calibration: str = SELF
     samples: int = 24
     sequence_length: int = 1024
+    skip: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises PCDVQError for options outside their range."""
@@ -175,7 +177,9 @@ def make_plan(model: str, options: QuantizeOptions) -> Plan:
         raise PCDVQError(
             f"{model} is already quantized ({method}); quantize the original model instead"
         )
-    selection = select_layers(source, embeddings=embedding_codebook is not None)
+    selection = select_layers(
+        source, DEFAULT_SKIP + options.skip, embeddings=embedding_codebook is not None
+    )
     codebooks = dict.fromkeys(selection.layers, codebook)
     if embedding_codebook is not None:
         codebooks |= dict.fromkeys(selection.stored_embeddings, embedding_codebook)

@@ -76,7 +76,7 @@ class CheckpointWriter:
     def __init__(self, output: Path, run: dict[str, Any], overwrite: bool) -> None:
         self._output = output
         self._partial = output.with_name(output.name + ".partial")
-        self._run = run
+        self._run = json.loads(json.dumps(run))  # as it will be read back: no tuples
         self._overwrite = overwrite
 
     @contextmanager

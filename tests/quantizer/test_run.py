@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -252,6 +253,14 @@ def test_unsuitable_layers_are_left_and_reported(tmp_path: Path) -> None:
     checkpoint = quantize_model(plan, tmp_path / "out")
     assert "model.layers.0.mlp.down_proj" in checkpoint.config.modules_to_not_convert
     assert "model.layers.0.mlp.down_proj.weight" in checkpoint.tensors
+
+
+def test_layers_skipped_by_name(model: Path, tmp_path: Path) -> None:
+    options = replace(OPTIONS, skip=("model.layers.0.*", "*.down_proj"))
+    checkpoint = quantize_model(make_plan(str(model), options), tmp_path / "out")
+    assert len(checkpoint.layers) == 6
+    assert all(name.startswith("model.layers.1.") for name in checkpoint.layers)
+    assert "model.layers.1.mlp.down_proj" in checkpoint.config.modules_to_not_convert
 
 
 def test_experts_are_left_and_reported(tmp_path: Path) -> None:

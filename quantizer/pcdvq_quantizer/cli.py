@@ -228,7 +228,7 @@ def finetune(
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     holdout: Annotated[int, typer.Option(help="Windows kept for validation.")] = 4,
     windows_per_step: Annotated[
-        int | None, typer.Option(help="Default: up to 4, fewer for the sake of 40 steps.")
+        int | None, typer.Option(help="Default: up to 4, fewer for the sake of 100 steps.")
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Time limit for training.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak relative change per step.")] = 5e-3,

@@ -163,7 +163,7 @@ class _Calibration:
         names = [f"{prefix}.{linear}" for linear in stage.linears]
         in_features = weights[0].shape[1]
         packed, dense = quantize_stage(
-            [weight.data for weight in weights],
+            [weight.data.cpu() for weight in weights],
             statistics,
             self._plan.codebooks[names[0]],
             input_signs(in_features, self._plan.options.seed),
@@ -171,7 +171,7 @@ class _Calibration:
         )
         for name, weight, quantized, decoded in zip(names, weights, packed, dense, strict=True):
             self._writer.write_layer(name, quantized)
-            weight.data = decoded
+            weight.data = decoded.to(weight.device)
 
     def _linears(self, layer: str) -> list[str]:
         return [name for name in self._plan.selection.layers if name.startswith(f"{layer}.")]

@@ -44,16 +44,16 @@ class InputStatistics:
 
     @classmethod
     def gather(cls, inputs: Iterable[Inputs]) -> InputStatistics:
-        """Accumulate the moments of `inputs`, products in fp32 and their sums in fp64."""
+        """Accumulate the moments of `inputs` on the CPU, products in fp32, their sums in fp64."""
         hessian = cross = torch.zeros((), dtype=torch.float64)
         drift: Tensor | None = None
         tokens = 0
         for each in inputs:
             x = each.quantized
-            hessian = hessian + (x.T @ x).double()
-            cross = cross + ((each.original - x).T @ x).double()
+            hessian = hessian + (x.T @ x).cpu().double()
+            cross = cross + ((each.original - x).T @ x).cpu().double()
             if each.drift is not None:
-                moment = (each.drift.T @ x).double()
+                moment = (each.drift.T @ x).cpu().double()
                 drift = moment if drift is None else drift + moment
             tokens += len(x)
         drift = None if drift is None else drift / tokens

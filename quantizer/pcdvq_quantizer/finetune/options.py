@@ -9,7 +9,7 @@ from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.plan import SELF
 
 MAX_WINDOWS_PER_STEP = 4
-WANTED_STEPS = 40
+WANTED_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class FinetuneOptions:
         tokens: to train on; a shorter text is gone through several times.
         sequence_length: tokens of a window.
         holdout: windows kept for validation.
-        windows_per_step: None is up to 4, fewer where that leaves less than 40 steps.
+        windows_per_step: None is up to 4, fewer where that leaves less than 100 steps.
         minutes: time limit for training, interrupted runs included; the learning rate is at its
             end by then. None: no limit.
         learning_rate: peak relative change of a parameter per step.

@@ -1,0 +1,59 @@
+"""Calibration on the real SmolLM2-135M: the repository's own pages are the text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from models import smollm2_gguf
+from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
+from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+from pcdvq_quantizer.run import quantize_model
+
+ROOT = Path(__file__).resolve().parents[2]
+# Four decoder layers of thirty, to be fast.
+SKIP = ("model.layers.[4-9].*", "model.layers.??.*")
+
+
+@pytest.fixture(scope="module")
+def divergences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """KL from the original on FORMAT.md, by how the layers were quantized."""
+    directory = tmp_path_factory.mktemp("quality")
+    text = directory / "text.txt"
+    text.write_text(
+        (ROOT / "README.md").read_text() + (ROOT / "quantizer" / "QUALITY.md").read_text()
+    )
+    base = QuantizeOptions(
+        bits=2.0, calibration=str(text), samples=6, sequence_length=512, skip=SKIP
+    )
+    variants = {
+        "plain": replace(base, calibration="none"),
+        "calibrated": base,
+        "signed": replace(base, codec="signed"),
+    }
+    measured = {}
+    for name, options in variants.items():
+        plan = make_plan(str(smollm2_gguf()), options)
+        assert len(plan.selection.layers) == 4 * 7
+        quantize_model(plan, directory / name)
+        report = evaluate(
+            str(directory / name),
+            EvaluateOptions(
+                tasks=("kl",),
+                text=ROOT / "kernels" / "FORMAT.md",
+                windows=2,
+                window=512,
+                reference=str(smollm2_gguf()),
+            ),
+        )
+        measured[name] = report.kl.kl
+    return measured
+
+
+def test_calibration_pays(divergences: dict[str, float]) -> None:
+    assert divergences["calibrated"] < 0.5 * divergences["plain"]
+
+
+def test_trellis_pays(divergences: dict[str, float]) -> None:
+    assert divergences["calibrated"] < 0.95 * divergences["signed"]

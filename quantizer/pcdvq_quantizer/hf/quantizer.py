@@ -221,4 +221,5 @@ def _open(directory: Path) -> Checkpoint:
                 f"cannot fetch {CODEBOOK_FILE} of {name}: {error}. Check the network, or load a "
                 "local copy of the whole checkpoint."
             ) from error
-    return open_checkpoint(directory)
+    with torch.device("cpu"):  # transformers builds models where the default is "meta"
+        return open_checkpoint(directory)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pcdvq_quantizer.run import quantize_model
 
 LAYERS, KINDS = 3, 7
 UP = "model.layers.1.mlp.up_proj"
+UP_SERIES = "6"
 PLOTS = 4  # errors, rates, directions, distortion
 
 
@@ -92,7 +94,7 @@ def copied(checkpoint: Path, tmp_path: Path) -> Path:
     return shutil.copytree(checkpoint, tmp_path / "tiny")
 
 
-def evaluation(path: Path, model: Path | str, perplexity: float, **changes: object) -> Path:
+def evaluation(path: Path, model: Path | str, figure: float, **changes: object) -> Path:
     """A file as `pcdvq eval --json` writes it."""
     text = {"file": "wiki.txt", "sha256": "ab" * 32}
     report = {
@@ -104,7 +106,7 @@ def evaluation(path: Path, model: Path | str, perplexity: float, **changes: obje
             "text": text, "window": 64, "windows": 5, "lambada": None, "lines": None, "bos": False
         },
         "perplexity": {
-            "perplexity": perplexity, "perplexity_stderr": 0.5, "nll": 3.0, "windows": 5,
+            "perplexity": figure, "perplexity_stderr": 0.5, "nll": 3.0, "windows": 5,
             "tokens": 315, "seconds": 1.0,
         },
         "kl": None,
@@ -124,7 +126,7 @@ def test_figures_are_those_of_the_files(checkpoint: Path, tmp_path: Path) -> Non
     for name, layer in opened.layers.items():
         error = recorded[name]
         assert page.row(name) == [
-            f"{layer.out_features} × {layer.in_features}",
+            f"{layer.out_features} \N{MULTIPLICATION SIGN} {layer.in_features}",
             layer.codebook,
             f"{layer.bits_per_weight:.3f}",
             f"{error['weight']:.5f}",
@@ -162,11 +164,20 @@ def test_plots(checkpoint: Path, tmp_path: Path) -> None:
     for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         assert f">{kind}<" in errors
     assert ">output error<" in errors
-    # A marker for every layer in each of two plots, and one for each kind in the legend.
-    assert errors.count("<use ") - errors.count("#m0") >= 0
+    heights = re.findall(r'<use [^>]* y="([\d.]+)"[^>]*var\(--series-(\d)\)', errors)
+    # In each of two plots a marker for every layer, and one for each kind in the legend.
+    assert len(heights) == 2 * KINDS * LAYERS + KINDS
+    up = [float(height) for height, series in heights if series == UP_SERIES][:LAYERS]
+    assert up.index(min(up)) == 1  # y grows downwards; this layer alone has 2 bits
+    assert up[0] == pytest.approx(up[2], rel=0.1)
     rates = page.plots["Codebook of every layer"]
     assert ">signed-2: 2 bits<" in rates
     assert ">signed-3: 3 bits<" in rates
+    cells = Counter(re.findall(r'style="fill: (#[0-9a-f]{6})"', rates))
+    assert sorted(cells.values()) == [2, KINDS * LAYERS]  # each with a legend
+    directions = page.plots["Error due to directions and to magnitudes"]
+    assert ">direction<" in directions
+    assert ">magnitude<" in directions
     distortion = page.plots["Distortion of codebooks by bits per weight"]
     codecs = {book.codebook.spec.codec for book in codebooks_at_hand()}
     assert {"signed", "trellis", "int8"} <= codecs

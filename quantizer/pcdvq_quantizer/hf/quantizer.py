@@ -96,7 +96,9 @@ class PCDVQHfQuantizer(HfQuantizer):
         if isinstance(module, nn.Linear):
             _check_shape(name, found, (module.out_features, module.in_features))
             with torch.device("meta"):
-                return PCDVQLinear(*reversed(found), module.bias is not None, layout)
+                return PCDVQLinear(
+                    layer.in_features, layer.out_features, module.bias is not None, layout
+                )
         if isinstance(module, nn.Embedding):
             _check_shape(name, found, (module.num_embeddings, module.embedding_dim))
             with torch.device("meta"):

@@ -136,6 +136,29 @@ def inspect(
         report.print_table(console)
 
 
+@app.command()
+def report(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write; default: CHECKPOINT.html. An earlier page is replaced, no other "
+            "file."
+        ),
+    ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="File of `pcdvq eval --json`, of any model; repeatable."),
+    ] = None,
+) -> None:
+    """Draw the errors, rates and perplexity of CHECKPOINT on one HTML page."""
+    from pcdvq_quantizer.report import write_report
+
+    with console.status("Drawing"):
+        page = write_report(checkpoint, output, tuple(evaluations or ()))
+    console.print(f"wrote {page}", highlight=False, soft_wrap=True)
+
+
 @app.command("eval")
 def evaluate_model(
     model: Annotated[

@@ -52,15 +52,19 @@ class Selection:
         return [name for name in (self.embedding, self.head) if name is not None]
 
     def skipped_lines(self) -> list[str]:
-        """One line for each kind of skipped parameter; numbered ones are counted together."""
-        kinds = Counter(
-            (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), reason)
-            for name, reason in self.skipped.items()
-        )
-        return [
-            f"{name} ({reason})" if count == 1 else f"{name} ({count} of them: {reason})"
-            for (name, reason), count in kinds.items()
-        ]
+        """`describe_skipped` of what this selection skips."""
+        return describe_skipped(self.skipped)
+
+
+def describe_skipped(skipped: dict[str, str]) -> list[str]:
+    """One line for each kind of parameter in `Selection.skipped`; numbered ones count together."""
+    kinds = Counter(
+        (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), reason) for name, reason in skipped.items()
+    )
+    return [
+        f"{name} ({reason})" if count == 1 else f"{name} ({count} of them: {reason})"
+        for (name, reason), count in kinds.items()
+    ]
 
 
 def select_layers(

@@ -14,7 +14,7 @@ from pcdvq_kernels import reference
 from pcdvq_kernels.checkpoint import CODEBOOK_FILE, open_checkpoint
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from pcdvq_quantizer.hf import PCDVQLinear
-from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+from pcdvq_quantizer.plan import NONE, QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -23,9 +23,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 TOKENS = torch.arange(3, 60).view(1, -1)
 # Of the largest logit. The operator rounds its sums in another order than a dense product.
 RTOL = 1e-5
+OPTIONS = QuantizeOptions(bits=3.0, calibration=NONE)
+MLP = "model.layers.0.mlp.up_proj"
 
 
-def quantize(tmp_path: Path, config: dict[str, object]) -> tuple[Path, Path]:
+def quantize(
+    tmp_path: Path, config: dict[str, object], options: QuantizeOptions = OPTIONS
+) -> tuple[Path, Path]:
     """A random model of `config` with biases that are not zero, and its checkpoint."""
     source = save_model(tmp_path / "original", config)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
@@ -33,9 +37,7 @@ def quantize(tmp_path: Path, config: dict[str, object]) -> tuple[Path, Path]:
         if name.endswith("bias"):
             nn.init.normal_(parameter)
     model.save_pretrained(source)
-    quantize_model(
-        make_plan(str(source), QuantizeOptions(bits=3.0, calibration="none")), tmp_path / "out"
-    )
+    quantize_model(make_plan(str(source), options), tmp_path / "out")
     return source, tmp_path / "out"
 
 
@@ -200,11 +202,12 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(checkpoint, device_map={"": "disk"})
 
 
-def test_modules_that_are_not_linear_are_named(checkpoint: Path) -> None:
+def test_modules_that_cannot_be_loaded_are_named(checkpoint: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     quantizer = model.hf_quantizer
-    with pytest.raises(CheckpointError, match="no quantized Embedding in transformers"):
-        quantizer._replacement(model, "model.embed_tokens")
+    quantizer.checkpoint.layers["model.norm"] = quantizer.checkpoint.layers[MLP]
+    with pytest.raises(CheckpointError, match="no quantized LlamaRMSNorm in transformers"):
+        quantizer._replacement(model, "model.norm")
     with pytest.raises(CheckpointError, match=r"model\.nothing of .* is not in LlamaForCausalLM"):
         quantizer._replacement(model, "model.nothing")
     assert pcdvq_quantizer.hf.PCDVQHfQuantizer is type(quantizer)

@@ -95,6 +95,16 @@ def get_codebook(codec: str, bits: float) -> NamedCodebook:
     return _cached_e8(id, E8_DIRECTION_BITS[bits])
 
 
+def codebooks_at_hand() -> list[NamedCodebook]:
+    """Every codebook on offer, except those of codec e8 that an earlier run has not cached."""
+    return [
+        get_codebook(codec, bits)
+        for codec, rates in OFFERED.items()
+        for bits in rates
+        if codec != "e8" or _e8_path(f"{codec}-{bits:g}").is_file()
+    ]
+
+
 def save_codebook(codebook: NamedCodebook, path: Path) -> None:
     """Write the tables of `codebook` to `path`, its layout and unit as metadata."""
     spec, tables = codebook.codebook.spec, codebook.codebook
@@ -128,10 +138,14 @@ def _int8() -> NamedCodebook:
     return NamedCodebook("int8", tables, INT8_UNIT)
 
 
+def _e8_path(id: str) -> Path:
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache_home / "pcdvq" / f"{id}-v1.safetensors"
+
+
 def _cached_e8(id: str, direction_bits: int) -> NamedCodebook:
     """Generate an E8 codebook, or read the copy an earlier run left in the cache."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache_home / "pcdvq" / f"{id}-v1.safetensors"
+    path = _e8_path(id)
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
         return load_codebook(id, path)
     spec = CodebookSpec(

@@ -4,13 +4,14 @@
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT)  # computes on the packed codes
-    model.dequantize()                                        # plain torch.nn.Linear from here on
+    model.dequantize()                                        # plain torch modules from here on
 
 Importing registers the quantization method `pcdvq`. For inference: no training, and only a
 dequantized model can be saved. Needs no vLLM.
 """
 
-from pcdvq_quantizer.hf.linear import PCDVQLinear
+from pcdvq_quantizer.hf.embedding import PCDVQEmbedding
+from pcdvq_quantizer.hf.linear import PCDVQLinear, PCDVQTiedHead
 from pcdvq_quantizer.hf.quantizer import PCDVQConfig, PCDVQHfQuantizer
 
-__all__ = ["PCDVQConfig", "PCDVQHfQuantizer", "PCDVQLinear"]
+__all__ = ["PCDVQConfig", "PCDVQEmbedding", "PCDVQHfQuantizer", "PCDVQLinear", "PCDVQTiedHead"]

@@ -18,7 +18,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pcdvq_quantizer.hf.linear import PCDVQLinear
+from pcdvq_quantizer.hf.embedding import PCDVQEmbedding
+from pcdvq_quantizer.hf.linear import PCDVQLinear, PCDVQTiedHead, dense_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,12 +46,17 @@ class PCDVQConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class PCDVQHfQuantizer(HfQuantizer):
-    """Loads PCDVQ checkpoints: linear layers named in `layers` become `PCDVQLinear`."""
+    """Loads PCDVQ checkpoints.
+
+    Layers named in `layers` become `PCDVQLinear` or `PCDVQEmbedding`; an output head that is tied
+    to such an embedding, `PCDVQTiedHead`.
+    """
 
     requires_calibration = True  # transformers' word for: loads checkpoints, does not make them
     quantization_config: PCDVQConfig
     checkpoint: Checkpoint
     _dtypes: dict[str, torch.dtype]
+    _tied: dict[str, str]
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what cannot work.
@@ -72,6 +78,7 @@ class PCDVQHfQuantizer(HfQuantizer):
         self.checkpoint = _open(Path(checkpoint_files[0]).parent)
         for name in self.checkpoint.layers:
             model.set_submodule(name, self._replacement(model, name))
+        self._tied = self._take_over_ties(model)
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _replacement(self, model: PreTrainedModel, name: str) -> nn.Module:
@@ -83,27 +90,43 @@ class PCDVQHfQuantizer(HfQuantizer):
                 f"layer {name} of quantization_config.layers is not in {type(model).__name__}; "
                 "load the model class that config.json names in `architectures`"
             ) from None
+        layer, config = self.checkpoint.layers[name], self.checkpoint.config
+        layout = Layout(config.block(layer.in_features), config.codebooks[layer.codebook])
+        found = layer.out_features, layer.in_features
         if isinstance(module, nn.Linear):
-            return self._linear(name, module)
+            _check_shape(name, found, (module.out_features, module.in_features))
+            with torch.device("meta"):
+                return PCDVQLinear(
+                    layer.in_features, layer.out_features, module.bias is not None, layout
+                )
+        if isinstance(module, nn.Embedding):
+            _check_shape(name, found, (module.num_embeddings, module.embedding_dim))
+            with torch.device("meta"):
+                return PCDVQEmbedding(module, layout)
         raise CheckpointError(
             f"layer {name} is quantized, but this release loads no quantized "
             f"{type(module).__name__} in transformers. Serve it with vLLM, or quantize again and "
             "leave it out."
         )
 
-    def _linear(self, name: str, module: nn.Linear) -> PCDVQLinear:
-        layer, config = self.checkpoint.layers[name], self.checkpoint.config
-        found = layer.out_features, layer.in_features
-        if found != (module.out_features, module.in_features):
-            raise CheckpointError(
-                f"layer {name} is {list(found)}, config.json makes it "
-                f"{[module.out_features, module.in_features]}; copy the checkpoint again"
-            )
-        layout = Layout(config.block(layer.in_features), config.codebooks[layer.codebook])
-        with torch.device("meta"):
-            return PCDVQLinear(
-                layer.in_features, layer.out_features, module.bias is not None, layout
-            )
+    def _take_over_ties(self, model: PreTrainedModel) -> dict[str, str]:
+        """Tie the heads of quantized embeddings here, as transformers ties only parameters.
+
+        Returns:
+            names of the heads that have no tensors of their own, each with its embedding's.
+        """
+        tied = {}
+        for target, source in list(model.all_tied_weights_keys.items()):
+            head, embedding = target.removesuffix(".weight"), source.removesuffix(".weight")
+            if self.checkpoint.layers.keys().isdisjoint((head, embedding)):
+                continue
+            del model.all_tied_weights_keys[target]
+            if head not in self.checkpoint.layers:
+                bias = model.get_submodule(head).bias
+                packed = model.get_submodule(embedding)
+                model.set_submodule(head, PCDVQTiedHead(packed, bias))
+                tied[head] = embedding
+        return tied
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -136,16 +159,22 @@ class PCDVQHfQuantizer(HfQuantizer):
         for name, module in self._packed_modules(model):
             codebook = self._codebook(self.checkpoint.layers[name].codebook, module.qweight.device)
             model.set_submodule(name, module.dequantize(codebook, dtype))
+        for head, embedding in self._tied.items():
+            weight, bias = model.get_submodule(embedding).weight, model.get_submodule(head).bias
+            model.set_submodule(head, dense_linear(weight, bias))
+            model.all_tied_weights_keys[f"{head}.weight"] = f"{embedding}.weight"
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
         return model
 
-    def _packed_modules(self, model: PreTrainedModel) -> list[tuple[str, PCDVQLinear]]:
+    def _packed_modules(
+        self, model: PreTrainedModel
+    ) -> list[tuple[str, PCDVQLinear | PCDVQEmbedding]]:
         return [
             (name, module)
             for name, module in model.named_modules()
-            if isinstance(module, PCDVQLinear)
+            if isinstance(module, PCDVQLinear | PCDVQEmbedding)
         ]
 
     def _codebook(self, id: str, device: torch.device) -> Codebook:
@@ -162,6 +191,14 @@ class PCDVQHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _check_shape(name: str, found: tuple[int, int], expected: tuple[int, int]) -> None:
+    if found != expected:
+        raise CheckpointError(
+            f"layer {name} is {list(found)}, config.json makes it {list(expected)}; copy the "
+            "checkpoint again"
+        )
 
 
 def _open(directory: Path) -> Checkpoint:
@@ -186,4 +223,5 @@ def _open(directory: Path) -> Checkpoint:
                 f"cannot fetch {CODEBOOK_FILE} of {name}: {error}. Check the network, or load a "
                 "local copy of the whole checkpoint."
             ) from error
-    return open_checkpoint(directory)
+    with torch.device("cpu"):  # transformers builds models where the default is "meta"
+        return open_checkpoint(directory)

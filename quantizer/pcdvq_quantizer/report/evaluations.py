@@ -1,0 +1,125 @@
+"""Perplexities from the files of `pcdvq eval --json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pcdvq_kernels.checkpoint import open_checkpoint, read_quantization_config
+from pcdvq_kernels.errors import CheckpointError, PCDVQError
+from pydantic import TypeAdapter, ValidationError
+
+from pcdvq_quantizer.evaluation.report import EvaluationReport
+
+_REPORT = TypeAdapter(EvaluationReport)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Perplexity of one model; `bits` per weight of its linear layers, None if unquantized."""
+
+    model: str
+    perplexity: float
+    stderr: float | None
+    bits: float | None
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """All models measured by one protocol, described by `protocol`; `quantized` by rising bits."""
+
+    protocol: str
+    quantized: list[Measured]
+    references: list[Measured]
+
+
+def read_evaluations(files: list[Path], original: str) -> Evaluations | None:
+    """Read `files`, None if there are none.
+
+    Args:
+        files: as `pcdvq eval --json` writes them.
+        original: name of the unquantized model.
+
+    Raises:
+        PCDVQError: a file cannot be read, has no perplexity, names a model that is not there, or
+            was measured in another way than the first.
+    """
+    reports = {file: _read(file) for file in files}
+    if not reports:
+        return None
+    protocols = {file: _describe(report) for file, report in reports.items()}
+    first = files[0]
+    for file, protocol in protocols.items():
+        if protocol != protocols[first]:
+            raise PCDVQError(
+                f"{first} was measured on {protocols[first]}, {file} on {protocol}; perplexities "
+                "compare only on the same text: evaluate both alike"
+            )
+    measured = {(each.model, each.bits): each for each in _measured(reports, original)}.values()
+    quantized = sorted(
+        (each for each in measured if each.bits is not None), key=lambda each: each.bits or 0
+    )
+    references = [each for each in measured if each.bits is None]
+    return Evaluations(protocols[first], quantized, references)
+
+
+def _read(file: Path) -> EvaluationReport:
+    try:
+        report = _REPORT.validate_json(file.read_bytes())
+    except OSError as error:
+        raise PCDVQError(
+            f"--eval: cannot read {file} ({error.strerror}); name a file of pcdvq eval --json"
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise PCDVQError(
+            f"--eval: {file} was not written by pcdvq eval --json ({where}: {first['msg']})"
+        ) from None
+    if report.perplexity is None or report.protocol.text is None:
+        raise PCDVQError(
+            f"--eval: {file} has no perplexity; make it with pcdvq eval --tasks perplexity"
+        )
+    return report
+
+
+def _describe(report: EvaluationReport) -> str:
+    protocol = report.protocol
+    text = protocol.text
+    bos = ", BOS before each" if protocol.bos else ""
+    return (
+        f"{protocol.windows} windows of {protocol.window} tokens of "
+        f"{text and text.file} (SHA-256 {text and text.sha256[:12]}){bos}"
+    )
+
+
+def _measured(reports: dict[Path, EvaluationReport], original: str) -> list[Measured]:
+    """One for each report; before them the originals that `kl` has measured along the way."""
+    found, originals = [], []
+    for file, report in reports.items():
+        if figure := report.perplexity:
+            is_original = Path(report.model).name == Path(original).name
+            bits = None if is_original else _find_bits(report.model, file)
+            found.append(Measured(report.model, figure.perplexity, figure.perplexity_stderr, bits))
+        if kl := report.kl:
+            originals.append(Measured(kl.reference, kl.reference_perplexity, None, None))
+    return originals + found
+
+
+def _find_bits(model: str, file: Path) -> float | None:
+    """Bits per weight of `model`, found from here or beside `file`; None if it is unquantized.
+
+    Raises:
+        PCDVQError: it is in neither place.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return None
+    for directory in (path, file.parent / path, file.parent / path.name):
+        if (directory / "config.json").is_file():
+            quantized = read_quantization_config(directory)
+            return open_checkpoint(directory).bits_per_weight if quantized else None
+    raise CheckpointError(
+        f"--eval: {file} is about {model}, which is neither here nor beside the file, so its bits "
+        f"per weight are unknown; put {path.name} there"
+    )

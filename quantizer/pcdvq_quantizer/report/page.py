@@ -1,0 +1,112 @@
+"""The page itself."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from pcdvq_kernels.errors import PCDVQError
+
+from pcdvq_quantizer.codebooks import codebooks_at_hand
+from pcdvq_quantizer.inspection import describe_rate
+from pcdvq_quantizer.report import plots
+from pcdvq_quantizer.report.evaluations import Evaluations, read_evaluations
+from pcdvq_quantizer.report.record import CheckpointRecord, read_record
+from pcdvq_quantizer.selection import describe_skipped
+
+GENERATOR = "pcdvq report"
+TEMPLATE = "page.html.j2"
+
+
+def write_report(
+    directory: Path, output: Path | None = None, evaluations: tuple[Path, ...] = ()
+) -> Path:
+    """Write the page about the checkpoint in `directory`; the same input gives the same bytes.
+
+    Args:
+        directory: the checkpoint.
+        output: the file, by default `directory` with `.html` appended. A page of an earlier call
+            is replaced, no other file.
+        evaluations: files of `pcdvq eval --json`, of this and of other models.
+
+    Returns:
+        `output`.
+
+    Raises:
+        PCDVQError: the checkpoint, its record of errors or an evaluation cannot be read, or
+            `output` cannot be written or is something else.
+    """
+    directory = directory.absolute()
+    output = output or directory.with_name(f"{directory.name}.html")
+    _check_output(output)
+    record = read_record(directory)
+    page = _render(record, read_evaluations(list(evaluations), record.run.model))
+    scratch = output.with_name(output.name + ".tmp")
+    try:
+        scratch.write_text(page, encoding="utf-8")
+        os.replace(scratch, output)
+    except OSError as error:
+        raise PCDVQError(f"cannot write {output}: {error.strerror}; choose another --output") from (
+            error
+        )
+    return output
+
+
+def _check_output(output: Path) -> None:
+    if not output.absolute().parent.is_dir():
+        raise PCDVQError(f"--output: there is no directory {output.parent}; create it first")
+    if not output.exists():
+        return
+    marker = f'<meta name="generator" content="{GENERATOR}">'.encode()
+    if not output.is_file() or marker not in output.read_bytes()[:1000]:
+        raise PCDVQError(f"{output} exists and is no page of pcdvq report; choose another --output")
+
+
+def _render(record: CheckpointRecord, evaluations: Evaluations | None) -> str:
+    checkpoint = record.checkpoint
+    codebooks = codebooks_at_hand()
+    numbered = bool(record.numbered)
+    fields: dict[str, Any] = {
+        "generator": GENERATOR,
+        "title": f"{checkpoint.directory.name}: {Path(record.run.model).name} in PCDVQ",
+        "directory": checkpoint.directory.name,
+        "rate": describe_rate(checkpoint),
+        "facts": _facts(record),
+        "errors": numbered and Markup(plots.plot_errors(record)),
+        "has_output_error": all(each.error.output is not None for each in record.numbered),
+        "rates": numbered and Markup(plots.plot_rates(record)),
+        "direction_share": f"{100 * record.direction_share:.1f} %",
+        "directions": numbered and Markup(plots.plot_directions(record)),
+        "distortion": Markup(plots.plot_distortion(record, codebooks)),
+        "e8_missing": not any(book.codebook.spec.codec == "e8" for book in codebooks),
+        "weight_error": f"{record.weight_error:.4f}",
+        "bits": f"{checkpoint.bits_per_weight:.3f}",
+        "perplexities": evaluations and Markup(plots.plot_perplexities(evaluations)),
+        "protocol": evaluations and evaluations.protocol,
+        "measured": [*evaluations.references, *evaluations.quantized] if evaluations else [],
+        "layers": record.layers,
+        "skipped": describe_skipped(record.run.skipped),
+    }
+    source = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    return environment.from_string(source).render(fields) + "\n"
+
+
+def _facts(record: CheckpointRecord) -> list[tuple[str, str]]:
+    checkpoint, mib = record.checkpoint, 2**20
+    books = checkpoint.config.codebooks.items()
+    facts = [
+        ("original", record.run.model),
+        ("codebooks", ", ".join(f"{id} ({spec.bits:g} bits)" for id, spec in books)),
+        ("bits per weight, linear layers", f"{checkpoint.bits_per_weight:.3f}"),
+    ]
+    if checkpoint.config.embeddings:
+        bits = f"{checkpoint.bits_per_weight_with_embeddings:.3f}"
+        facts.append(("bits per weight, with embeddings", bits))
+    sizes = f"{record.original_bytes / mib:.1f} MiB", f"{record.stored_bytes / mib:.1f} MiB"
+    facts += [("size at 16 bits", sizes[0]), ("size now", sizes[1])]
+    return facts + [(name.replace("_", " "), f"{x}") for name, x in record.run.options.items()]

@@ -70,7 +70,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("report")
     config = tiny_config(num_hidden_layers=LAYERS, tie_word_embeddings=True)
     source = save_model(directory / "original", config)
-    options = QuantizeOptions(bits=3.0, embedding_bits=8, calibration=NONE)
+    options = QuantizeOptions(bits=3.0, codec="signed", embedding_bits=8, calibration=NONE)
     plan = make_plan(str(source), options)
     plan = dataclasses.replace(plan, codebooks=plan.codebooks | {UP: get_codebook("signed", 2.0)})
     quantize_model(plan, directory / "tiny")

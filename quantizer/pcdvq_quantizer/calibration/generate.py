@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pcdvq_quantizer.progress import Progress
 
-BATCH = 48
-NEW_TOKENS = 448
-TOP_P = 0.95
+BATCH = 64
+NEW_TOKENS = 192
+TOP_K = 64
 TEMPERATURES = (0.8, 1.0)
 
 SUBJECTS = (
@@ -114,8 +114,7 @@ def _continue(
         attention_mask=mask.to(model.device),
         do_sample=True,
         temperature=temperature,
-        top_p=TOP_P,
-        top_k=0,
+        top_k=TOP_K,  # top_p would sort the vocabulary at every step
         max_new_tokens=NEW_TOKENS,
         pad_token_id=pad,
     )

@@ -73,16 +73,38 @@ def embedding(
     chunk = max(1, CHUNK_WEIGHTS // signs.shape[0])
     for first in range(0, flat.shape[0], chunk):
         rows = flat[first : first + chunk]
-        levels = decode_levels(qweight[rows], codewords, shape.layout, signs.shape[0])
+        states = _states_of(rows, qweight, shape.layout, signs.shape[0])
+        levels = decode_levels(qweight[rows], codewords, shape.layout, signs.shape[0], states)
         dense = block_hadamard(levels, block) * signs * row_scale[rows].unsqueeze(1)
         out[first : first + chunk] = dense
     return out.view(*ids.shape, -1)
 
 
+def _states_of(
+    rows: Tensor, qweight: Tensor, layout: LayoutFields, in_features: int
+) -> Tensor | None:
+    """States of single rows, int64 [rows, groups], from the rows above; None without states."""
+    if not layout.state_bits:
+        return None
+    above = qweight[(rows - 1).clamp_min(0)]
+    codes = unpack_codes(above, layout.code_bits, in_features // layout.vector_dim)
+    inside = (rows % SEGMENT_ROWS != 0).unsqueeze(1)
+    return (codes >> (layout.code_bits - layout.state_bits)) * inside
+
+
 def decode_levels(
-    qweight: Tensor, codewords: Tensor, layout: LayoutFields, in_features: int
+    qweight: Tensor,
+    codewords: Tensor,
+    layout: LayoutFields,
+    in_features: int,
+    states: Tensor | None = None,
 ) -> Tensor:
-    """Levels of whole segments of weight rows: uint8 [rows, row_bytes] to fp32 [rows, K]."""
+    """Levels of weight rows, fp32 [rows, K].
+
+    Args:
+        qweight: uint8 [rows, row_bytes], whole segments unless `states` are given.
+        states: int64 [rows, groups], where the layout has any.
+    """
     codes = unpack_codes(qweight, layout.code_bits, in_features // layout.vector_dim)
     row = codes >> layout.sign_bits
     bits = (codes.unsqueeze(-1) >> torch.arange(layout.vector_dim, device=codes.device)) & 1
@@ -91,7 +113,9 @@ def decode_levels(
         source = rotated_coordinates(row >> base_bits, layout.vector_dim)
         row &= (1 << base_bits) - 1
     if layout.state_bits:
-        row |= code_states(codes, layout.code_bits, layout.state_bits) << base_bits
+        if states is None:
+            states = code_states(codes, layout.code_bits, layout.state_bits)
+        row |= states << base_bits
     if layout.parity:
         row = 2 * row + bits.sum(-1) % 2
     levels = codewords[row].float()

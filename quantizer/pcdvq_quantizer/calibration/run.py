@@ -95,6 +95,9 @@ def calibrate(plan: Plan, writer: CheckpointWriter, progress: Progress) -> Plan:
         if plan.options.is_mixed:
             plan = choose_rates(plan, model, state.tokens, directory, progress)
         progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
+        if plan.selection.embedding is not None:  # done with the first hidden states
+            rows, columns = plan.shape(plan.selection.embedding)
+            progress.advance(rows * columns)
         _Calibration(plan, writer, model, progress).run(state)
     return plan
 

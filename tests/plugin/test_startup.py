@@ -96,7 +96,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         f"{CODEBOOK_FILE} is missing",
     ),
     "format version": (_quantization("format_version", 2), "format_version is 2"),
-    "codec": (_unknown_codec, "codebooks.signed.codec: Input should be 'signed', 'e8', 'trellis' or 'int8'"),
+    "codec": (
+        _unknown_codec,
+        "codebooks.signed.codec: Input should be 'signed', 'e8', 'trellis' or 'int8'",
+    ),
     "unknown key": (_quantization("group_size", 8), "group_size: Extra inputs are not permitted"),
 }
 

@@ -82,12 +82,13 @@ def generate_documents(
         Token ids of each text, without padding and end-of-text.
     """
     openings = prompts(tokenizer)
+    size = min(BATCH, -(-tokens // NEW_TOKENS))
     order = torch.randperm(len(openings), generator=torch.Generator().manual_seed(seed)).tolist()
     documents: list[list[int]] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for round in count():
-            batch = [openings[order[(round * BATCH + i) % len(order)]] for i in range(BATCH)]
+            batch = [openings[order[(round * size + i) % len(order)]] for i in range(size)]
             written = _continue(model, tokenizer, batch, TEMPERATURES[round % len(TEMPERATURES)])
             documents += written
             tokens -= sum(map(len, written))

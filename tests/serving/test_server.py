@@ -66,7 +66,7 @@ def dequantized(checkpoint: Path) -> PreTrainedModel:
 def serve(checkpoint: Path, log: Path, dtype: str) -> Iterator[OpenAI]:
     arguments = ["--enforce-eager", "--dtype", dtype, "--max-model-len", "1024"]
     with running_server(checkpoint, log, arguments) as server:
-        yield OpenAI(base_url=server.base_url, api_key="none", timeout=120)
+        yield OpenAI(base_url=server.base_url, api_key="none", timeout=400)
 
 
 @pytest.fixture(scope="module")

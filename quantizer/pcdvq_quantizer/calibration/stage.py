@@ -18,7 +18,7 @@ from pcdvq_quantizer.layer import (
 )
 
 # Added to the diagonal of a Hessian, as a share of its mean: see QUALITY.md.
-DAMPING = 0.03
+DAMPING_TOKENS = 720  # 0.03 at 24 thousand tokens, more where the Hessian is less certain
 TARGET_DAMPING = 0.5
 
 
@@ -49,7 +49,7 @@ def quantize_stage(
     moments = statistics.rotated(signs, block)
     original = block_hadamard(torch.cat(weights) * signs, block)
     vector_dim = codebook.codebook.spec.vector_dim
-    hessian, feedback = damped_feedback(moments.hessian, vector_dim)
+    hessian, feedback = damped_feedback(moments, vector_dim)
     aim = _asymmetric_target(original, moments)
     scale = initial_row_scale(aim, codebook)
     # Together they are faster; but a linear's first row must begin a segment of the trellis.
@@ -83,15 +83,15 @@ def quantize_stage(
     return layers, list(dense.split(counts))
 
 
-def damped_feedback(hessian: Tensor, vector_dim: int) -> tuple[Tensor, Tensor]:
-    """(damped Hessian fp32 [K, K], its `cholesky_feedback`) of a Hessian fp64 [K, K].
+def damped_feedback(moments: InputStatistics, vector_dim: int) -> tuple[Tensor, Tensor]:
+    """(damped Hessian fp32 [K, K], its `cholesky_feedback`) of the Hessian of `moments`.
 
     Dead inputs, or fewer tokens than columns, make a Hessian singular: the damping grows until it
     can be factored.
     """
-    share = DAMPING
+    share = min(1.0, DAMPING_TOKENS / moments.tokens)
     while True:
-        damped = _damped(hessian, share)
+        damped = _damped(moments.hessian, share)
         try:
             return damped.float(), cholesky_feedback(damped, vector_dim)
         except torch.linalg.LinAlgError:

@@ -12,8 +12,8 @@ from pcdvq_quantizer.progress import Progress
 class Bars(Progress):
     """Draws a bar for each phase; a context manager."""
 
-    def __init__(self, console: Console) -> None:
-        self._bars = RichProgress(console=console)
+    def __init__(self, console: Console, transient: bool = False) -> None:
+        self._bars = RichProgress(console=console, transient=transient)
         self._task: TaskID | None = None
 
     def __enter__(self) -> Bars:

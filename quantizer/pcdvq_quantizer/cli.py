@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pcdvq_kernels.errors import PCDVQError
 from rich.console import Console
-from rich.progress import Progress, TaskID, TextColumn
+from rich.progress import Progress, TextColumn
 
 from pcdvq_quantizer.bars import Bars
 
@@ -220,15 +220,8 @@ def evaluate_model(
         dtype=dtype,
         packed=packed,
     )
-    with Progress(console=shown, transient=True) as bar:
-        rows: dict[str, TaskID] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in rows:
-                rows[what] = bar.add_task(what, total=total)
-            bar.update(rows[what], completed=done)
-
-        report = evaluate(model, options, progress)
+    with Bars(shown, transient=True) as bars:
+        report = evaluate(model, options, bars)
     report.print_table(shown)
     if to_stdout:
         typer.echo(report.to_json())

@@ -99,10 +99,15 @@ class Plan:
         rows, columns = self.source.shapes[f"{layer}.weight"]
         return rows, columns
 
+    def size(self, layer: str) -> int:
+        """Number of weights of `layer`."""
+        rows, columns = self.shape(layer)
+        return rows * columns
+
     @property
     def weights(self) -> int:
         """Number of weights to quantize."""
-        return sum(rows * columns for rows, columns in map(self.shape, self.selection.layers))
+        return sum(map(self.size, self.selection.layers))
 
     def packed_bytes(self, layer: str, codebook: NamedCodebook | None = None) -> int:
         """Stored size of `layer` with `codebook` (default: its own)."""
@@ -123,8 +128,7 @@ class Plan:
     @property
     def linear_budget(self) -> int:
         """Bits that `options.bits` allow for all linear layers."""
-        sizes = (rows * columns for rows, columns in map(self.shape, self.selection.linears))
-        return int(self.options.bits * sum(sizes))
+        return int(self.options.bits * sum(map(self.size, self.selection.linears)))
 
     @property
     def distinct_codebooks(self) -> list[NamedCodebook]:

@@ -69,8 +69,7 @@ def _make_shard(plan: Plan, shard: Shard, writer: CheckpointWriter, progress: Pr
         if layer is None:
             layer = quantize_uncalibrated(plan, name)
             writer.write_layer(name, layer)
-            rows, columns = plan.shape(name)
-            progress.advance(rows * columns)
+            progress.advance(plan.size(name))
         tensors |= layer.tensors(prefix=f"{name}.")
         errors[name] = layer.error
     tensors |= {name: plan.source.load(name).contiguous() for name in shard.copied}

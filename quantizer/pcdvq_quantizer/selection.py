@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pcdvq_kernels.errors import PCDVQError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.sources import Source
@@ -110,13 +110,17 @@ def select_layers(
     return Selection(layers, skipped, embedding, head)
 
 
+def hf_config(config: dict[str, Any]) -> PreTrainedConfig:
+    """The transformers configuration that a config.json describes."""
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    return AutoConfig.for_model(config["model_type"], **fields)
+
+
 def _build_empty(config: dict[str, Any], architecture: str) -> PreTrainedModel:
     """The model that `config` describes, without its weights."""
-    fields = {key: value for key, value in config.items() if key != "model_type"}
     try:
-        hf_config = AutoConfig.for_model(config["model_type"], **fields)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(hf_config)
+            return AutoModelForCausalLM.from_config(hf_config(config))
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise PCDVQError(
             f"{architecture} is not a causal language model that this transformers release knows "

@@ -117,7 +117,7 @@ class CheckpointWriter:
     def _check_run(self) -> None:
         path = self._partial / RUN_FILE
         if not path.exists():
-            _write_json(path, self._run)
+            write_json_whole(path, self._run)
             return
         earlier = json.loads(path.read_text(encoding="utf-8"))
         for key in self._run.keys() | earlier.keys():
@@ -153,7 +153,7 @@ class CheckpointWriter:
 
     def write_layer(self, name: str, layer: QuantizedLinear) -> None:
         metadata = {"error": json.dumps(asdict(layer.error))}
-        _save(layer.tensors(), self._layer_path(name), metadata)
+        save_whole(layer.tensors(), self._layer_path(name), metadata)
 
     def write_shard(
         self, shard: Shard, tensors: dict[str, Tensor], errors: dict[str, LayerError]
@@ -161,9 +161,9 @@ class CheckpointWriter:
         """Write a whole shard; its layers are then no longer kept one by one."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         recorded = {name: asdict(error) for name, error in errors.items()}
-        _write_json(self._summary_path(shard), {"bytes": size, "errors": recorded})
+        write_json_whole(self._summary_path(shard), {"bytes": size, "errors": recorded})
         # One metadata entry only: safetensors writes several in random order.
-        _save(tensors, self._partial / shard.file, {"format": "pt"})
+        save_whole(tensors, self._partial / shard.file, {"format": "pt"})
         for name in shard.layers:
             self._layer_path(name).unlink(missing_ok=True)
 
@@ -179,16 +179,16 @@ class CheckpointWriter:
             errors |= summary["errors"]
             total += summary["bytes"]
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(self._partial / INDEX_FILE, index)
+        write_json_whole(self._partial / INDEX_FILE, index)
         tables = {}
         for named in codebooks:
             tables[f"{named.id}.directions"] = named.codebook.directions.contiguous()
             tables[f"{named.id}.magnitudes"] = named.codebook.magnitudes.contiguous()
-        _save(tables, self._partial / CODEBOOK_FILE, None)
+        save_whole(tables, self._partial / CODEBOOK_FILE, None)
         return errors
 
     def write_json(self, file: str, value: Any) -> None:
-        _write_json(self._partial / file, value)
+        write_json_whole(self._partial / file, value)
 
     @property
     def work_directory(self) -> Path:
@@ -219,14 +219,17 @@ class CheckpointWriter:
         return self._partial / LAYER_DIR / f"{name}.safetensors"
 
 
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+def save_whole(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """save_file, but the file appears whole or not at all."""
     scratch = path.with_name(path.name + ".tmp")
     save_file(tensors, scratch, metadata)
     os.replace(scratch, path)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json_whole(path: Path, value: Any) -> None:
+    """Write `value` to `path`, which appears whole or not at all."""
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(scratch, path)

@@ -15,6 +15,7 @@ from pcdvq_quantizer.calibration.sensitivity import measure_sensitivity
 from pcdvq_quantizer.codebooks import get_codebook, offered_rates
 from pcdvq_quantizer.plan import Plan
 from pcdvq_quantizer.progress import Progress
+from pcdvq_quantizer.writer import write_json_whole
 
 RATES_FILE = "rates.json"
 TOKENS = 4096  # that sensitivities are measured on
@@ -91,9 +92,7 @@ def choose_rates(
         windows = tokens[: max(1, TOKENS // tokens.shape[1])]
         names, seed = plan.selection.linears, plan.options.seed
         measured = measure_sensitivity(model, windows, names, seed, progress)
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(_rates(plan, measured)), encoding="utf-8")
-        scratch.replace(path)
+        write_json_whole(path, _rates(plan, measured))
     rates = json.loads(path.read_text(encoding="utf-8"))
     chosen = {name: get_codebook(codec, rate) for name, rate in rates.items()}
     return replace(plan, codebooks=plan.codebooks | chosen)

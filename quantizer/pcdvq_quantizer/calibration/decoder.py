@@ -11,8 +11,9 @@ import torch
 from accelerate import init_empty_weights
 from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pcdvq_quantizer.selection import hf_config
 from pcdvq_quantizer.sources import Source
 
 
@@ -35,12 +36,10 @@ class LayeredModel:
     def __init__(self, source: Source, linears: Iterable[str], device: torch.device) -> None:
         self._source = source
         self.device = device
-        fields = {key: value for key, value in source.config.items() if key != "model_type"}
-        config = AutoConfig.for_model(source.config["model_type"], **fields)
         # Parameters are on the meta device; buffers such as rotary frequencies are real.
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32
+                hf_config(source.config), dtype=torch.float32
             )
         self.model.eval()
         self.prefix, self._stack = _decoder_layers(self.model, set(linears), source.name)

@@ -10,7 +10,6 @@ import torch
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.reference import dequantize
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pcdvq_quantizer.calibration.allocation import choose_rates
@@ -21,7 +20,7 @@ from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.calibration.text import calibration_tokens
 from pcdvq_quantizer.plan import Plan, input_signs, quantize_uncalibrated
 from pcdvq_quantizer.progress import Progress
-from pcdvq_quantizer.writer import CheckpointWriter
+from pcdvq_quantizer.writer import CheckpointWriter, save_whole
 
 STATE_FILE = "calibration.safetensors"
 
@@ -43,14 +42,12 @@ class CalibrationState:
     quantized: Tensor
 
     def save(self, directory: Path) -> None:
-        scratch = directory / f"{STATE_FILE}.tmp"
         tensors = {
             "tokens": self.tokens,
             "original": self.original.cpu(),
             "quantized": self.quantized.cpu(),
         }
-        save_file(tensors, scratch, {"next_layer": str(self.next_layer)})
-        scratch.replace(directory / STATE_FILE)
+        save_whole(tensors, directory / STATE_FILE, {"next_layer": str(self.next_layer)})
 
     @classmethod
     def load(cls, directory: Path, device: torch.device) -> CalibrationState | None:
@@ -87,28 +84,25 @@ def calibrate(plan: Plan, writer: CheckpointWriter, progress: Progress) -> Plan:
         state = CalibrationState.load(directory, device)
         if state is None:
             tokens = calibration_tokens(plan, model, progress)
-            hidden, _ = model.embed(tokens)
-            state = CalibrationState(
-                0, tokens, hidden, _embed_quantized(plan, writer, model, tokens)
-            )
+            original, _ = model.embed(tokens)
+            quantized = original.clone()
+            if plan.selection.embedding is not None:
+                quantized = _embed_quantized(plan, plan.selection.embedding, writer, model, tokens)
+            state = CalibrationState(0, tokens, original, quantized)
             state.save(directory)
         if plan.options.is_mixed:
             plan = choose_rates(plan, model, state.tokens, directory, progress)
         progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
         if plan.selection.embedding is not None:  # done with the first hidden states
-            rows, columns = plan.shape(plan.selection.embedding)
-            progress.advance(rows * columns)
+            progress.advance(plan.size(plan.selection.embedding))
         _Calibration(plan, writer, model, progress).run(state)
     return plan
 
 
 def _embed_quantized(
-    plan: Plan, writer: CheckpointWriter, model: LayeredModel, tokens: Tensor
+    plan: Plan, name: str, writer: CheckpointWriter, model: LayeredModel, tokens: Tensor
 ) -> Tensor:
-    """What the quantized model's embedding makes of `tokens`, fp32 [S, T, H]."""
-    name = plan.selection.embedding
-    if name is None:
-        return model.embed(tokens)[0]
+    """What embedding `name`, quantized, makes of `tokens`: fp32 [S, T, H]."""
     layer = quantize_uncalibrated(plan, name)
     writer.write_layer(name, layer)
     book = plan.codebooks[name].codebook
@@ -135,7 +129,7 @@ class _Calibration:
         _, calls = self._model.embed(state.tokens[:1])
         for index, name in enumerate(self._model.layers):
             if index < state.next_layer:
-                self._progress.advance(sum(map(self._weights, self._linears(name))))
+                self._progress.advance(sum(map(self._plan.size, self._linears(name))))
                 continue
             self._quantize_layer(index, calls[index], state)
             state.next_layer += 1
@@ -155,7 +149,7 @@ class _Calibration:
             stage.inputs.clear()
             _check_finite(statistics.hessian, f"input of {names[0]}")
             self._quantize_stage(layer, name, stage, statistics)
-            self._progress.advance(sum(map(self._weights, names)))
+            self._progress.advance(sum(map(self._plan.size, names)))
         state.original, state.quantized = original, replay.output()
         self._model.unload(index)
 
@@ -178,10 +172,6 @@ class _Calibration:
 
     def _linears(self, layer: str) -> list[str]:
         return [name for name in self._plan.selection.layers if name.startswith(f"{layer}.")]
-
-    def _weights(self, linear: str) -> int:
-        rows, columns = self._plan.shape(linear)
-        return rows * columns
 
 
 def _pairs(stage: Stage, replay: Replay, number: int) -> Iterator[Inputs]:

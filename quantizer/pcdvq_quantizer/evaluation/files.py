@@ -65,13 +65,18 @@ class ModelFiles:
                 "tokenizer files of the original model into its directory"
             ) from error
 
-    def check_length(self, tokens: int) -> None:
-        """Raise PCDVQError if the model's context is shorter than `tokens`."""
+    @property
+    def context(self) -> int | None:
+        """Tokens the model can read at once, None where its configuration does not say."""
         text_config = self.config.get("text_config") or self.config
         context = text_config.get("max_position_embeddings")
-        if isinstance(context, int) and tokens > context:
+        return context if isinstance(context, int) else None
+
+    def check_length(self, tokens: int) -> None:
+        """Raise PCDVQError if the model's context is shorter than `tokens`."""
+        if self.context is not None and tokens > self.context:
             raise PCDVQError(
-                f"{self.name} takes {context} tokens, this evaluation needs {tokens}; give a "
+                f"{self.name} takes {self.context} tokens, this evaluation needs {tokens}; give a "
                 "smaller --window or shorter lines"
             )
 

@@ -26,9 +26,7 @@ from pcdvq_quantizer.evaluation.scores import (
     standard_error,
 )
 from pcdvq_quantizer.evaluation.vllm_model import VLLMModel
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is measured, and how many of how many sequences are done."""
+from pcdvq_quantizer.progress import Progress
 
 Score = TypeVar("Score")
 
@@ -58,7 +56,7 @@ def evaluate(
         PCDVQError: the model, its reference or a file cannot be read or does not fit.
     """
     started = time.monotonic()
-    job = _read_job(model, options, progress or (lambda *_: None))
+    job = _read_job(model, options, progress or Progress())
     with _open_scorer(job) as scorer:
         found, kl = _measure_windows(job, scorer)
         words = _measure_lines(job, scorer) if job.lines else None
@@ -114,10 +112,10 @@ class _Job:
         """The scores of `sequences`, and the seconds they took."""
         started = time.monotonic()
         scores = []
-        for done, sequence in enumerate(sequences):
-            self.progress(what, done, len(sequences))
+        self.progress.start(what, len(sequences))
+        for sequence in sequences:
             scores.append(score(sequence))
-        self.progress(what, len(sequences), len(sequences))
+            self.progress.advance(1)
         return scores, round(time.monotonic() - started, 2)
 
 

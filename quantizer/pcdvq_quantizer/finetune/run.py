@@ -28,10 +28,10 @@ from pcdvq_quantizer.evaluation.hf_model import load_causal_lm
 from pcdvq_quantizer.finetune.distillation import Distillation
 from pcdvq_quantizer.finetune.options import FinetuneOptions
 from pcdvq_quantizer.finetune.student import Student
-from pcdvq_quantizer.finetune.training import Progress, Trainer, TrainingState, Windows
+from pcdvq_quantizer.finetune.training import OnStep, Trainer, TrainingState, Windows
 from pcdvq_quantizer.plan import SELF, text_sha256
-from pcdvq_quantizer.progress import Progress as Reporter
-from pcdvq_quantizer.writer import RUN_FILE, CheckpointWriter
+from pcdvq_quantizer.progress import Progress
+from pcdvq_quantizer.writer import RUN_FILE, CheckpointWriter, save_whole
 
 STATE_FILE = "finetune.safetensors"
 WINDOWS_FILE = "windows.safetensors"
@@ -60,7 +60,7 @@ def finetune_checkpoint(
     output: Path,
     options: FinetuneOptions,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
 ) -> FinetuneResult:
     """Distil the original model into the row scales and norms of `checkpoint`; write `output`.
 
@@ -96,19 +96,16 @@ def _kept_windows(
     if not path.exists():
         windows = _make_windows(files, reference, options)
         _hold_out(windows, options)  # nothing is kept of a text that is too short
-        scratch = path.with_name(path.name + ".tmp")
-        save_file({"windows": windows}, scratch)
-        scratch.replace(path)
+        save_whole({"windows": windows}, path)
     return _hold_out(load_file(path)["windows"], options)
 
 
 def _make_windows(files: ModelFiles, reference: ModelFiles, options: FinetuneOptions) -> Tensor:
     """int64 [S, T], as many as `options` want or the text has."""
-    text_config = files.config.get("text_config") or files.config
-    context = text_config.get("max_position_embeddings")
-    if isinstance(context, int) and options.sequence_length > context:
+    if files.context is not None and options.sequence_length > files.context:
         raise PCDVQError(
-            f"--sequence-length is {options.sequence_length}, {files.name} takes {context} tokens; "
+            f"--sequence-length is {options.sequence_length}, {files.name} takes "
+            f"{files.context} tokens; "
             "give a smaller one"
         )
     tokenizer = files.tokenizer()
@@ -117,7 +114,7 @@ def _make_windows(files: ModelFiles, reference: ModelFiles, options: FinetuneOpt
         original = load_causal_lm(reference, "float32").eval()
         tokens = wanted * options.sequence_length
         with torch.no_grad():
-            texts = generate_documents(original, tokenizer, tokens, options.seed, Reporter())
+            texts = generate_documents(original, tokenizer, tokens, options.seed, Progress())
     else:
         texts = tokenize(tokenizer, read_documents(options.calibration))
     return sample_windows(tokenizer, texts, wanted, options.sequence_length)
@@ -142,7 +139,7 @@ def _train(
     windows: Windows,
     options: FinetuneOptions,
     path: Path,
-    progress: Progress | None,
+    progress: OnStep | None,
 ) -> tuple[TrainingState, dict[str, Tensor]]:
     """Returns the state at the end and the tensors to store, by name."""
     student = Student(load_causal_lm(files, "float32"), checkpoint)

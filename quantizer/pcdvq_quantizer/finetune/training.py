@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,12 +13,12 @@ from statistics import fmean
 import torch
 from pcdvq_kernels.errors import PCDVQError
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pcdvq_quantizer.finetune.distillation import Distillation
 from pcdvq_quantizer.finetune.options import FinetuneOptions
 from pcdvq_quantizer.finetune.student import Student
+from pcdvq_quantizer.writer import save_whole
 
 BETAS = (0.9, 0.95)  # steps are few: a longer memory would be mostly of the first ones
 WARMUP_SHARE = 0.1
@@ -53,7 +52,7 @@ class Step:
     tokens_per_second: float
 
 
-Progress = Callable[[Step], None]
+OnStep = Callable[[Step], None]
 
 
 @dataclass
@@ -87,13 +86,11 @@ class TrainingState:
 
     def save(self, path: Path) -> None:
         """Write it to `path`, whole or not at all."""
-        scratch = path.with_name(path.name + ".tmp")
         tensors = {"delta": self.delta, "best": self.best, **self.optimizer}
         numbers = {name: getattr(self, name) for name in NUMBERS}
         # Delta and best are one tensor where the last validation was the best.
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        save_file(tensors, scratch, {"numbers": json.dumps(numbers)})
-        os.replace(scratch, path)
+        save_whole(tensors, path, {"numbers": json.dumps(numbers)})
 
     @classmethod
     def load(cls, path: Path, student: Student) -> TrainingState:
@@ -125,7 +122,7 @@ class Trainer:
         self._order = _order(len(windows.training), options)
         self._every = max(1, math.ceil(options.steps / VALIDATIONS))
 
-    def run(self, progress: Progress | None = None) -> TrainingState:
+    def run(self, progress: OnStep | None = None) -> TrainingState:
         """Train to the last step, the time limit, or divergence."""
         state, steps = self.state, self._options.steps
         delta = torch.nn.Parameter(state.delta)

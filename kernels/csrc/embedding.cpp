@@ -19,10 +19,21 @@ struct Embedding {
   const Kernels& kernels;
   const Decoder decoder;
 
-  // Row `id` of Q H S, scaled, into row `index` of the output; `row` is scratch for k floats.
+  // Levels of row `id`, in the order of columns; `row` has room for whole units.
+  void decode(const Weights& weights, int64_t id, float* row) const {
+    for (int64_t unit = 0; unit * kUnitColumns < p.k; ++unit, row += kUnitColumns) {
+      alignas(64) int8_t levels[kPanelColumns] = {};
+      decoder.decode(weights, id, 1, unit, 1, levels);
+      for (int64_t run = 0; run < kUnitColumns / 16; ++run) {
+        kernels.to_floats(levels + run_place(run), 16, row + 16 * run);
+      }
+    }
+  }
+
+  // Row `id` of Q H S, scaled, into row `index` of the output; `row` is scratch for k floats, padded to whole units.
   void look_up(const Weights& weights, const uint8_t* no_signs, int64_t index, float* row) const {
     const int64_t id = p.ids[index];
-    decoder.decode(weights, id, 1, 0, p.k / 8, row);
+    decode(weights, id, row);
     kernels.rotate(row, PCDVQ_F32, no_signs, p.k, p.layout.hadamard_block, row);
     const float scale = p.row_scale[id];
     for (int64_t i = 0; i < p.k; i += 8) {
@@ -38,7 +49,8 @@ struct Embedding {
     const auto inside = [this](int64_t id) { return id >= 0 && id < p.n; };
     if (!std::all_of(p.ids, p.ids + p.count, inside)) return PCDVQ_BAD_ID;
     const int threads = int(std::clamp<int64_t>(p.count / kThreadRows, 1, p.threads));
-    const std::unique_ptr<float[]> rows(new (std::nothrow) float[size_t(threads * p.k)]);
+    const int64_t row_floats = p.k + kUnitColumns;
+    const std::unique_ptr<float[]> rows(new (std::nothrow) float[size_t(threads * row_floats)]);
     const std::unique_ptr<uint8_t[]> no_signs(new (std::nothrow) uint8_t[size_t(p.k / 8)]());
     if (!rows || !no_signs) return PCDVQ_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
@@ -46,8 +58,8 @@ struct Embedding {
       alignas(64) int8_t table[kTableBytes];
       if (decoder.expand) decoder.expand(p.codewords, table);
       const Weights weights{p.qweight, decoder.expand ? table : p.codewords, p.row_bytes,
-                            p.layout};
-      float* row = rows.get() + thread_index() * p.k;
+                            p.k, p.layout};
+      float* row = rows.get() + thread_index() * row_floats;
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < p.count; ++i) look_up(weights, no_signs.get(), i, row);
     }

@@ -5,6 +5,16 @@
 
 namespace pcdvq {
 
+// Columns are decoded in units. Inside of one, the kernels keep them in an order in which each half
+// of a 256-bit register belongs to one scale of the activations: element 32 v + 16 h + i of a unit
+// is column 64 h + 16 v + i, for v < 4, h < 2, i < 16.
+constexpr int64_t kUnitColumns = 128;
+constexpr int64_t kScaleColumns = 64;  // that share a scale
+constexpr int kUnitVectors = 4;        // of 32 levels
+
+// Where a run of 16 columns is in its unit: run r has the columns from 16 r on.
+inline int64_t run_place(int64_t run) { return 32 * (run % 4) + 16 * (run / 4); }
+
 // Columns that share one decoded panel, and weight rows of a panel: 24 x 256 floats leave room in
 // a 32 KB L1 for the activations. 24 is a multiple of every tile width in tile.h.
 constexpr int64_t kPanelColumns = 256;
@@ -18,34 +28,49 @@ struct Weights {
   const uint8_t* qweight;  // [n, row_bytes]
   const int8_t* table;     // what Decoder::expand made, or the codewords
   int64_t row_bytes;
+  int64_t k;
   PcdvqLayout layout;
 };
 
-// Decodes levels of weight rows [row, row + rows), octets (runs of 8 columns) [first, first +
-// count), into panel [rows, kPanelColumns].
-using DecodeFn = void (*)(const Weights&, int64_t row, int64_t rows, int64_t first, int64_t count,
-                          float* panel);
+// Decodes units [first, first + units) of weight rows [row, row + rows) into panel
+// [rows, kPanelColumns]. What it writes for columns past K is any level.
+using DecodeFn = void (*)(const Weights&, int64_t row, int64_t rows, int64_t first, int64_t units,
+                          int8_t* panel);
 
-// out[i][r] = x row i . levels of weight row (row + r), for rows [row, row + rows) and few
-// activation rows (1 or 2). x: [x_rows, x_stride], out: [x_rows, rows].
-using FusedFn = void (*)(const Weights&, int64_t row, int64_t rows, const float* x,
-                         int64_t x_stride, int64_t x_rows, int64_t octets, float* out);
+// A row of quantized activations for DotFn. Both are in the order of units.
+struct DotRow {
+  const int8_t* levels;  // [units, 4, 2, 32]: of each vector the levels, then those negated
+  const float* scales;   // [units, 8]
+};
 
-// Activation rows up to which a fused kernel beats decoding to a panel first.
-constexpr int64_t kFusedRows = 2;
+// out[r] = x . levels of weight row (row + r), for rows [row, row + rows).
+using DotFn = void (*)(const Weights&, int64_t row, int64_t rows, const DotRow& x, float* out);
 
 // Bytes of the largest expanded table.
-constexpr int64_t kTableBytes = 16384;
+constexpr int64_t kTableBytes = 32768;
 
 struct Decoder {
   DecodeFn decode;
-  FusedFn fused;
-  // Makes the table of a small codebook: [<= kTableBytes]. Null: the codewords are used.
+  DotFn dot;  // null: there is none, and panels are used for one row of activations too
+  // Makes the table of a codebook: [<= kTableBytes]. Null: the codewords are used.
   void (*expand)(const int8_t* codewords, int8_t* table);
 };
 
+// Activations of a panel's columns against the panel, in the order of units.
+struct Tiles {
+  const void* x;        // [rows, x_stride], float or int16
+  int64_t x_stride;     // elements
+  const float* scales;  // [rows, scale_stride], 8 for each unit; of int16 activations only
+  int64_t scale_stride;
+  int64_t rows;
+  const void* panel;  // [panel_rows, kPanelColumns], of the type of x
+  int64_t panel_rows;
+  int64_t units;
+  float* acc;  // [rows, kPanelRows, lanes]
+};
+
 struct Kernels {
-  int64_t lanes;  // floats of one accumulator
+  int64_t lanes;  // floats of one accumulator of `accumulate`
 
   Decoder (*decoder)(const PcdvqLayout&);
 
@@ -53,14 +78,27 @@ struct Kernels {
   void (*rotate)(const void* x, int32_t dtype, const uint8_t* signs, int64_t columns,
                  int64_t block, float* out);
 
-  // acc[i][r] += lane-wise products of x row i and panel row r over `columns` (a multiple of
-  // lanes). x: [rows, x_stride], panel: [kPanelRows, kPanelColumns],
-  // acc: [rows, kPanelRows, lanes].
-  void (*accumulate)(const float* x, int64_t x_stride, int64_t rows, const float* panel,
-                     int64_t panel_rows, int64_t columns, float* acc);
+  // Puts `columns` rotated activations into the order of units, padded with zeros; `x` has room for
+  // whole units too.
+  void (*order_floats)(float* x, int64_t columns, float* out);
+
+  // Quantizes `columns` rotated activations, in the order of columns, to units in that of
+  // units. `x` has room as above. Of int8: DotRow; of int16: for each vector the 16
+  // even elements, then the odd ones. scales: [units, 8].
+  void (*quantize_int8)(float* x, int64_t columns, int8_t* out, float* scales);
+  void (*quantize_int16)(float* x, int64_t columns, float limit, int16_t* out, float* scales);
+
+  // Levels of a panel as the other factor of `accumulate` and `accumulate_int`.
+  void (*to_floats)(const int8_t* levels, int64_t count, float* out);
+  void (*to_int16)(const int8_t* levels, int64_t count, int16_t* out);
+
+  // acc[i][r] += lane-wise products of x row i and panel row r.
+  void (*accumulate)(const Tiles&);      // float, kernels.lanes lanes
+  void (*accumulate_int)(const Tiles&);  // int16, 8 lanes
 
   // Sum of one accumulator's lanes, in a fixed order.
   float (*reduce)(const float* acc);
+  float (*reduce_int)(const float* acc);
 
   // Nearest codewords of groups [first, first + groups), at most kNearestGroups of them.
   void (*nearest)(const PcdvqNearest& problem, int64_t first, int64_t groups);

@@ -3,6 +3,7 @@
 
 #include "codec.h"
 #include "nearest.h"
+#include "quantize.h"
 #include "rotate.h"
 #include "tile.h"
 #include "trellis.h"
@@ -10,7 +11,11 @@
 namespace pcdvq {
 namespace {
 
-const Kernels kKernels = {Vec::kLanes, find_decoder, rotate, accumulate, reduce, nearest, trellis};
+const Kernels kKernels = {
+    Vec::kLanes, find_decoder, rotate,     order_floats,   quantize_int8, quantize_int16, to_floats,
+    to_int16,    accumulate,   accumulate_int, reduce,        reduce_int,     nearest,
+    trellis,
+};
 
 }  // namespace
 }  // namespace pcdvq

@@ -15,11 +15,6 @@ namespace {
 
 using Vec = Vec8;
 
-template <class C, class R>
-inline Vec decode_vec(const C& codec, const R& row, int64_t byte, int64_t bit) {
-  return Vec::convert(codec.octet(row, byte, bit));
-}
-
 struct Index {
   __m256i v;
   static Index load(const int32_t* p) {
@@ -38,6 +33,7 @@ inline void take_greater(Vec score, int32_t c, Vec& best, Index& index) {
 }  // namespace
 }  // namespace pcdvq
 
+#include "dot.h"
 #include "kernels.h"
 
 namespace pcdvq {

@@ -24,14 +24,6 @@ struct Vec {
   static float sum(const float* p) { return (Vec8::load(p) + Vec8::load(p + 8)).sum(); }
 };
 
-// Two octets.
-template <class C, class R>
-inline Vec decode_vec(const C& codec, const R& row, int64_t byte, int64_t bit) {
-  const __m128i low = codec.octet(row, byte, bit).v;
-  const __m128i high = codec.octet(row, byte, bit + codec.octet_bits()).v;
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_unpacklo_epi64(low, high)))};
-}
-
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
 struct Index {
@@ -50,6 +42,7 @@ inline void take_greater(Vec score, int32_t c, Vec& best, Index& index) {
 }  // namespace
 }  // namespace pcdvq
 
+#include "dot.h"
 #include "kernels.h"
 
 namespace pcdvq {

@@ -18,12 +18,7 @@ struct Levels {
     return r;
   }
 
-  // Eight codes of one dimension, which are the levels themselves but for -128.
-  static Levels load_codes(const uint8_t* p) {
-    Levels r;
-    for (int i = 0; i < 8; ++i) r.v[i] = int8_t(p[i]) < -127 ? int8_t(-127) : int8_t(p[i]);
-    return r;
-  }
+  void store8(int8_t* p) const { std::memcpy(p, v, 8); }
 
   Levels negate(uint64_t signs) const {
     Levels r;
@@ -93,10 +88,26 @@ inline Vec8 fma(Vec8 a, Vec8 b, Vec8 c) { return a * b + c; }
 
 using Vec = Vec8;
 
-template <class C, class R>
-inline Vec decode_vec(const C& codec, const R& row, int64_t byte, int64_t bit) {
-  return Vec::convert(codec.octet(row, byte, bit));
+// Sixteen int16, or sums of their products in eight lanes.
+struct Words {
+  int32_t v[8];
+  const int16_t* p;
+
+  static Words load(const int16_t* p) { return {{}, p}; }
+  Vec8 to_floats() const {
+    return Vec8::make([&](int i) { return float(v[i]); });
+  }
+};
+
+inline Words add_products(const Words& a, const Words& b, Words sum) {
+  for (int i = 0; i < 8; ++i) {
+    sum.v[i] += a.p[2 * i] * b.p[2 * i] + a.p[2 * i + 1] * b.p[2 * i + 1];
+  }
+  return sum;
 }
+
+// All layouts take the generic decoder.
+bool find_lookup(const PcdvqLayout&, Decoder*) { return false; }
 
 struct Index {
   int32_t v[8];

@@ -10,41 +10,40 @@
 namespace pcdvq {
 namespace {
 
-// Activation rows that share a decode: at 256 rows decoding costs a few percent of the FMAs, and
-// a thread's accumulators (256 x 24 x lanes floats) stay in L2.
+// Activation rows that share a decode: at 256 rows decoding costs a few percent of the products,
+// and a thread's accumulators (256 x 24 x lanes floats) stay in L2.
 constexpr int64_t kBlockRows = 256;
 // Columns of one unit of the rotation, at least a Hadamard block.
 constexpr int64_t kRotateColumns = 1024;
 
 struct Free {
-  void operator()(float* p) const { std::free(p); }
+  void operator()(void* p) const { std::free(p); }
 };
-using Buffer = std::unique_ptr<float[], Free>;
-
-Buffer allocate(int64_t floats) {
-  return Buffer(static_cast<float*>(std::aligned_alloc(64, size_t((floats + 15) / 16 * 64))));
-}
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
+}
+
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, size_t(round_up(count * sizeof(T), 64)))));
 }
 
 struct Linear {
   const PcdvqLinear& p;
   const Kernels& kernels;
   const Decoder decoder;
-  const int64_t x_stride;  // of the rotated activations
-  const int64_t acc_floats, thread_floats;
+  const int64_t units;  // of columns
+  const bool floats;    // activations are fp32, else int8 or int16
 
   Linear(const PcdvqLinear& problem, const Kernels& k)
       : p(problem),
         kernels(k),
         decoder(k.decoder(problem.layout)),
-        // 256 modulo 1024 floats where tiles read, or four rows would share the same L1 sets.
-        x_stride(problem.m <= kFusedRows ? round_up(problem.k, 16)
-                                         : round_up(problem.k, 1024) + 256),
-        acc_floats(std::min(problem.m, kBlockRows) * kPanelRows * k.lanes),
-        thread_floats(acc_floats + kPanelRows * kPanelColumns) {}
+        units((problem.k + kUnitColumns - 1) / kUnitColumns),
+        floats(problem.layout.activations == PCDVQ_FLOAT) {}
 
   int64_t panels() const { return (p.n + kPanelRows - 1) / kPanelRows; }
 
@@ -55,22 +54,23 @@ struct Linear {
 
   int64_t rotate_units() const { return (p.k + rotate_run() - 1) / rotate_run(); }
 
-  // Unit `unit` of activation row m into its row of the rotated block.
-  void rotate(int64_t m, int64_t unit, float* row) const {
-    const int64_t first = unit * rotate_run();
+  // Room for a run, padded to whole units.
+  int64_t run_floats() const { return round_up(std::min(rotate_run(), p.k), kUnitColumns); }
+
+  // Run `run` of activation row m, rotated, into `out`; returns its columns.
+  int64_t rotate(int64_t m, int64_t run, float* out) const {
+    const int64_t first = run * rotate_run();
     const int64_t columns = std::min(rotate_run(), p.k - first);
     const int64_t element = p.x_dtype == PCDVQ_F32 ? 4 : 2;
     const char* x = static_cast<const char*>(p.x) + (m * p.k + first) * element;
-    kernels.rotate(x, p.x_dtype, p.signs_in + first / 8, columns, p.layout.hadamard_block,
-                   row + first);
-    if (first + columns == p.k) std::fill(row + p.k, row + round_up(p.k, kernels.lanes), 0.0f);
+    kernels.rotate(x, p.x_dtype, p.signs_in + first / 8, columns, p.layout.hadamard_block, out);
+    return columns;
   }
 
   // Every thread makes its own table, in its own L1: less work than fetching another thread's.
   Weights make_weights(int8_t* table) const {
-    if (!decoder.expand) return {p.qweight, p.codewords, p.row_bytes, p.layout};
-    decoder.expand(p.codewords, table);
-    return {p.qweight, table, p.row_bytes, p.layout};
+    if (decoder.expand) decoder.expand(p.codewords, table);
+    return {p.qweight, decoder.expand ? table : p.codewords, p.row_bytes, p.k, p.layout};
   }
 
   void write(float sum, int64_t m, int64_t n) const {
@@ -79,95 +79,154 @@ struct Linear {
     store_element(p.out, p.x_dtype, m * p.n + n, y);
   }
 
-  // Outputs [0, m) x [n0, n0 + kPanelRows), m <= kFusedRows.
-  void fused(const Weights& weights, const float* x, int64_t n0) const {
-    const int64_t panel_rows = std::min(kPanelRows, p.n - n0);
-    float sums[kFusedRows * kPanelRows];
-    decoder.fused(weights, n0, panel_rows, x, x_stride, p.m, p.k / 8, sums);
-    for (int64_t i = 0; i < p.m; ++i) {
-      for (int64_t r = 0; r < panel_rows; ++r) write(sums[i * panel_rows + r], i, n0 + r);
+  PcdvqStatus run_dot(int threads) const;
+  PcdvqStatus run() const;
+};
+
+// One row of int8 activations: weights are decoded in registers. Every thread rotates the row for
+// itself, which takes less time than a barrier after a shared rotation.
+PcdvqStatus Linear::run_dot(int threads) const {
+  const int64_t levels_floats = units * kUnitColumns / 2;  // a level and its negative per column
+  const int64_t thread_floats = round_up(levels_floats + units * 8 + run_floats(), 16);
+  const Buffer<float> scratch = allocate<float>(threads * thread_floats);
+  if (!scratch) return PCDVQ_NO_MEMORY;
+#pragma omp parallel num_threads(threads)
+  {
+    alignas(64) int8_t table[kTableBytes];
+    const Weights weights = make_weights(table);
+    float* mine = scratch.get() + thread_index() * thread_floats;
+    int8_t* levels = reinterpret_cast<int8_t*>(mine);
+    float* scales = mine + levels_floats;
+    float* rotated = scales + units * 8;
+    for (int64_t i = 0; i < rotate_units(); ++i) {
+      const int64_t first = i * rotate_run();
+      const int64_t columns = rotate(0, i, rotated);
+      kernels.quantize_int8(rotated, columns, levels + 2 * first, scales + first / kUnitColumns * 8);
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < panels(); ++i) {
+      const int64_t n0 = i * kPanelRows, rows = std::min(kPanelRows, p.n - n0);
+      float sums[kPanelRows];
+      decoder.dot(weights, n0, rows, {levels, scales}, sums);
+      for (int64_t r = 0; r < rows; ++r) write(sums[r], 0, n0 + r);
+    }
+  }
+  return PCDVQ_OK;
+}
+
+// Any number of activation rows: weights are decoded to panels that all of a block share.
+// T: float, or int16_t for activations of int8 and int16.
+template <class T>
+struct Panels {
+  const Linear& linear;
+  const PcdvqLinear& p;
+  const Kernels& kernels;
+  static constexpr bool kFloats = std::is_same_v<T, float>;
+  const int64_t lanes, block_rows;
+  // 1 KB modulo 4 KB where tiles read, or four rows would share the same L1 sets.
+  const int64_t x_stride;
+  const int64_t scale_stride;
+  Buffer<T> x;  // [block_rows, x_stride]
+  Buffer<float> scales;
+
+  // Of a thread.
+  struct Scratch {
+    alignas(64) int8_t table[kTableBytes];
+    alignas(64) int8_t levels[kPanelRows * kPanelColumns];
+    alignas(64) T panel[kPanelRows * kPanelColumns];
+    Buffer<float> acc;      // [block_rows, kPanelRows, lanes]
+    Buffer<float> rotated;  // a run
+  };
+
+  explicit Panels(const Linear& l)
+      : linear(l),
+        p(l.p),
+        kernels(l.kernels),
+        lanes(kFloats ? l.kernels.lanes : 8),
+        block_rows(std::min(l.p.m, kBlockRows)),
+        x_stride((round_up(l.p.k * sizeof(T), 4096) + 1024) / sizeof(T)),
+        scale_stride(l.units * 8),
+        x(allocate<T>(block_rows * x_stride)),
+        scales(allocate<float>(kFloats ? 0 : block_rows * scale_stride)) {}
+
+  // Run `run` of activation row m into row `row` of the block.
+  void prepare(int64_t m, int64_t run, int64_t row, float* rotated) const {
+    const int64_t first = run * linear.rotate_run();
+    const int64_t columns = linear.rotate(m, run, rotated);
+    T* out = x.get() + row * x_stride + first;
+    if constexpr (kFloats) {
+      kernels.order_floats(rotated, columns, out);
+    } else {
+      const float limit = p.layout.activations == PCDVQ_INT8 ? 127.0f : 32767.0f;
+      float* scale = scales.get() + row * scale_stride + first / kUnitColumns * 8;
+      kernels.quantize_int16(rotated, columns, limit, out, scale);
     }
   }
 
   // Outputs [m0, m0 + rows) x [n0, n0 + kPanelRows).
-  void panel(const Weights& weights, const float* x, int64_t m0, int64_t rows, int64_t n0,
-             float* scratch) const {
+  void panel(const Weights& weights, int64_t m0, int64_t rows, int64_t n0, Scratch& s) const {
     const int64_t panel_rows = std::min(kPanelRows, p.n - n0);
-    float* acc = scratch;
-    float* levels = scratch + acc_floats;
-    std::fill(acc, acc + rows * kPanelRows * kernels.lanes, 0.0f);
-    for (int64_t k = 0; k < p.k; k += kPanelColumns) {
-      const int64_t columns = std::min(kPanelColumns, p.k - k);
-      const int64_t padded = round_up(columns, kernels.lanes);
-      decoder.decode(weights, n0, panel_rows, k / 8, columns / 8, levels);
-      for (int64_t r = 0; r < panel_rows && padded > columns; ++r) {
-        float* row = levels + r * kPanelColumns;
-        std::fill(row + columns, row + padded, 0.0f);
+    std::fill(s.acc.get(), s.acc.get() + rows * kPanelRows * lanes, 0.0f);
+    constexpr int64_t kUnits = kPanelColumns / kUnitColumns;
+    for (int64_t u = 0; u < linear.units; u += kUnits) {
+      const int64_t count = std::min(kUnits, linear.units - u);
+      linear.decoder.decode(weights, n0, panel_rows, u, count, s.levels);
+      if constexpr (kFloats) {
+        kernels.to_floats(s.levels, panel_rows * kPanelColumns, s.panel);
+      } else {
+        kernels.to_int16(s.levels, panel_rows * kPanelColumns, s.panel);
       }
-      kernels.accumulate(x + k, x_stride, rows, levels, panel_rows, padded, acc);
+      const Tiles tiles = {x.get() + u * kUnitColumns, x_stride, scales.get() + u * 8,
+                           scale_stride, rows, s.panel, panel_rows, count, s.acc.get()};
+      (kFloats ? kernels.accumulate : kernels.accumulate_int)(tiles);
     }
+    const auto reduce = kFloats ? kernels.reduce : kernels.reduce_int;
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t r = 0; r < panel_rows; ++r) {
-        write(kernels.reduce(acc + (i * kPanelRows + r) * kernels.lanes), m0 + i, n0 + r);
+        linear.write(reduce(s.acc.get() + (i * kPanelRows + r) * lanes), m0 + i, n0 + r);
       }
     }
   }
 
-  // A few activation rows: every thread rotates all of them for itself, which takes less time than
-  // a barrier after a shared rotation.
-  PcdvqStatus run_fused(int threads) const {
-    const int64_t units = rotate_units();
-    const Buffer rotated = allocate(threads * p.m * x_stride);
-    if (!rotated) return PCDVQ_NO_MEMORY;
-#pragma omp parallel num_threads(threads)
-    {
-      alignas(64) int8_t table[kTableBytes];
-      const Weights weights = make_weights(table);
-      float* mine = rotated.get() + thread_index() * p.m * x_stride;
-      for (int64_t i = 0; i < p.m * units; ++i) {
-        rotate(i / units, i % units, mine + i / units * x_stride);
-      }
-#pragma omp for schedule(dynamic) nowait
-      for (int64_t i = 0; i < panels(); ++i) fused(weights, mine, i * kPanelRows);
-    }
-    return PCDVQ_OK;
-  }
-
-  PcdvqStatus run_panels(int threads) const {
-    const int64_t units = rotate_units();
-    const Buffer rotated = allocate(std::min(p.m, kBlockRows) * x_stride);
-    const Buffer scratch = allocate(threads * thread_floats);
-    if (!rotated || !scratch) return PCDVQ_NO_MEMORY;
-    // A tile at the end of N reads panel rows that nobody decoded.
-    std::fill(scratch.get(), scratch.get() + threads * thread_floats, 0.0f);
-#pragma omp parallel num_threads(threads)
-    {
-      alignas(64) int8_t table[kTableBytes];
-      const Weights weights = make_weights(table);
-      float* mine = scratch.get() + thread_index() * thread_floats;
-      for (int64_t m0 = 0; m0 < p.m; m0 += kBlockRows) {
-        const int64_t rows = std::min(kBlockRows, p.m - m0);
-        if (m0 > 0) {  // other threads may still read the rows rotated before
+  // What every thread does.
+  void work(Scratch& s) const {
+    const int64_t runs = linear.rotate_units();
+    const Weights weights = linear.make_weights(s.table);
+    for (int64_t m0 = 0; m0 < p.m; m0 += block_rows) {
+      const int64_t rows = std::min(block_rows, p.m - m0);
+      if (m0 > 0) {  // other threads may still read the rows rotated before
 #pragma omp barrier
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * units; ++i) {
-          rotate(m0 + i / units, i % units, rotated.get() + i / units * x_stride);
-        }
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t i = 0; i < panels(); ++i) {
-          panel(weights, rotated.get(), m0, rows, i * kPanelRows, mine);
-        }
       }
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < rows * runs; ++i) {
+        prepare(m0 + i / runs, i % runs, i / runs, s.rotated.get());
+      }
+#pragma omp for schedule(dynamic) nowait
+      for (int64_t i = 0; i < linear.panels(); ++i) panel(weights, m0, rows, i * kPanelRows, s);
     }
-    return PCDVQ_OK;
   }
 
-  PcdvqStatus run() const {
-    const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, panels())));
-    return p.m <= kFusedRows ? run_fused(threads) : run_panels(threads);
+  PcdvqStatus run(int threads) const {
+    // Zeros, because a tile at the end of N reads panel rows that nobody decoded.
+    const std::unique_ptr<Scratch[]> scratch(new (std::nothrow) Scratch[size_t(threads)]());
+    if (!x || !scales || !scratch) return PCDVQ_NO_MEMORY;
+    for (int i = 0; i < threads; ++i) {
+      scratch[i].acc = allocate<float>(block_rows * kPanelRows * lanes);
+      scratch[i].rotated = allocate<float>(linear.run_floats());
+      if (!scratch[i].acc || !scratch[i].rotated) return PCDVQ_NO_MEMORY;
+    }
+#pragma omp parallel num_threads(threads)
+    work(scratch[thread_index()]);
+    return PCDVQ_OK;
   }
 };
+
+PcdvqStatus Linear::run() const {
+  const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, panels())));
+  if (floats) return Panels<float>(*this).run(threads);
+  const bool dot = p.m == 1 && p.layout.activations == PCDVQ_INT8 && decoder.dot;
+  return dot ? run_dot(threads) : Panels<int16_t>(*this).run(threads);
+}
 
 }  // namespace
 }  // namespace pcdvq

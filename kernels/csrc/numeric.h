@@ -22,6 +22,9 @@ inline T load_as(const void* p) {
   return value;
 }
 
+// Not std::min, of which the linker would keep a single copy.
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 inline float bits_to_float(uint32_t bits) { return load_as<float>(&bits); }
 inline uint32_t float_to_bits(float value) { return load_as<uint32_t>(&value); }
 

@@ -19,6 +19,10 @@ enum PcdvqIsa : int32_t {
 
 enum PcdvqStatus : int32_t { PCDVQ_OK = 0, PCDVQ_NO_MEMORY = 1, PCDVQ_NO_ISA = 2, PCDVQ_BAD_ID = 3 };
 
+// What pcdvq_linear multiplies levels with: the rotated activations rounded to integers, a scale
+// for each 64 columns, or as they are.
+enum PcdvqActivations : int64_t { PCDVQ_INT8 = 0, PCDVQ_INT16 = 1, PCDVQ_FLOAT = 2 };
+
 struct PcdvqLayout {
   int64_t hadamard_block;
   int64_t vector_dim;
@@ -28,6 +32,7 @@ struct PcdvqLayout {
   int64_t magnitude_bits;
   int64_t rotation_bits;
   int64_t state_bits;
+  int64_t activations;  // a PcdvqActivations
 };
 
 struct PcdvqLinear {

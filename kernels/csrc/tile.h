@@ -1,6 +1,6 @@
 // Register-tiled dot products. Every output is one accumulator that takes the columns in order,
 // lanes along K, so its bits do not depend on the tile it falls in. Included once per instruction
-// set, after its `Vec`.
+// set, after its `Vec`, `Vec8` and `Words`.
 #pragma once
 
 #include "isa.h"
@@ -8,53 +8,84 @@
 namespace pcdvq {
 namespace {
 
-// x: [ROWS, x_stride], panel: [COLS, kPanelColumns], acc: [ROWS, kPanelRows, lanes].
-template <int ROWS, int COLS>
-inline void tile(const float* x, int64_t x_stride, const float* panel, int64_t columns,
-                 float* acc) {
-  static_assert(kPanelRows % COLS == 0, "tiles must cover a panel");
-  constexpr int64_t kAccStride = kPanelRows * Vec::kLanes;
-  Vec sum[ROWS][COLS];
-  for (int i = 0; i < ROWS; ++i) {
-    for (int j = 0; j < COLS; ++j) sum[i][j] = Vec::load(acc + i * kAccStride + j * Vec::kLanes);
-  }
-  for (int64_t k = 0; k < columns; k += Vec::kLanes) {
-    Vec a[ROWS];
-    for (int i = 0; i < ROWS; ++i) a[i] = Vec::load(x + i * x_stride + k);
-    for (int j = 0; j < COLS; ++j) {
-      const Vec b = Vec::load(panel + j * kPanelColumns + k);
-      for (int i = 0; i < ROWS; ++i) sum[i][j] = fma(a[i], b, sum[i][j]);
+// fp32: x [ROWS, x_stride] and panel [COLS, kPanelColumns].
+struct FloatTile {
+  static constexpr int64_t kLanes = Vec::kLanes;
+
+  template <int ROWS, int COLS>
+  static inline void run(const Tiles& t, int64_t row, int64_t column) {
+    const float* x = static_cast<const float*>(t.x) + row * t.x_stride;
+    const float* panel = static_cast<const float*>(t.panel) + column * kPanelColumns;
+    float* acc = t.acc + (row * kPanelRows + column) * kLanes;
+    Vec sum[ROWS][COLS];
+    for (int i = 0; i < ROWS; ++i) {
+      for (int j = 0; j < COLS; ++j) sum[i][j] = Vec::load(acc + (i * kPanelRows + j) * kLanes);
+    }
+    for (int64_t k = 0; k < t.units * kUnitColumns; k += kLanes) {
+      Vec a[ROWS];
+      for (int i = 0; i < ROWS; ++i) a[i] = Vec::load(x + i * t.x_stride + k);
+      for (int j = 0; j < COLS; ++j) {
+        const Vec b = Vec::load(panel + j * kPanelColumns + k);
+        for (int i = 0; i < ROWS; ++i) sum[i][j] = fma(a[i], b, sum[i][j]);
+      }
+    }
+    for (int i = 0; i < ROWS; ++i) {
+      for (int j = 0; j < COLS; ++j) sum[i][j].store(acc + (i * kPanelRows + j) * kLanes);
     }
   }
-  for (int i = 0; i < ROWS; ++i) {
-    for (int j = 0; j < COLS; ++j) sum[i][j].store(acc + i * kAccStride + j * Vec::kLanes);
+};
+
+// int16, scaled to fp32 once a unit. A lane then holds 16 products, at most 16 * 127 * 32767 <
+// 2^27 in magnitude: nothing overflows, whatever K is.
+struct IntTile {
+  static constexpr int64_t kLanes = 8;
+
+  template <int ROWS, int COLS>
+  static inline void run(const Tiles& t, int64_t row, int64_t column) {
+    const int16_t* x = static_cast<const int16_t*>(t.x) + row * t.x_stride;
+    const int16_t* panel = static_cast<const int16_t*>(t.panel) + column * kPanelColumns;
+    float* acc = t.acc + (row * kPanelRows + column) * kLanes;
+    for (int64_t u = 0; u < t.units; ++u, x += kUnitColumns, panel += kUnitColumns) {
+      Words sum[ROWS][COLS] = {};
+      for (int64_t k = 0; k < kUnitColumns; k += 16) {
+        for (int j = 0; j < COLS; ++j) {
+          const Words b = Words::load(panel + j * kPanelColumns + k);
+          for (int i = 0; i < ROWS; ++i) {
+            sum[i][j] = add_products(Words::load(x + i * t.x_stride + k), b, sum[i][j]);
+          }
+        }
+      }
+      for (int i = 0; i < ROWS; ++i) {
+        const Vec8 scale = Vec8::load(t.scales + (row + i) * t.scale_stride + 8 * u);
+        for (int j = 0; j < COLS; ++j) {
+          float* out = acc + (i * kPanelRows + j) * kLanes;
+          fma(sum[i][j].to_floats(), scale, Vec8::load(out)).store(out);
+        }
+      }
+    }
   }
+};
+
+// 8 to 12 accumulators whatever the number of activation rows: latencies stay hidden.
+template <class Tile, int ROWS, int COLS>
+void tiles(const Tiles& t, int64_t row) {
+  for (int64_t j = 0; j < t.panel_rows; j += COLS) Tile::template run<ROWS, COLS>(t, row, j);
 }
 
-// 8 to 12 accumulators whatever the number of activation rows: FMA latency stays hidden.
-template <int ROWS, int COLS>
-void tiles(const float* x, int64_t x_stride, const float* panel, int64_t panel_rows,
-           int64_t columns, float* acc) {
-  for (int64_t j = 0; j < panel_rows; j += COLS) {
-    tile<ROWS, COLS>(x, x_stride, panel + j * kPanelColumns, columns, acc + j * Vec::kLanes);
-  }
-}
-
-void accumulate(const float* x, int64_t x_stride, int64_t rows, const float* panel,
-                int64_t panel_rows, int64_t columns, float* acc) {
+template <class Tile>
+void all_tiles(const Tiles& t) {
   int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    tiles<4, 3>(x + i * x_stride, x_stride, panel, panel_rows, columns,
-                acc + i * kPanelRows * Vec::kLanes);
-  }
-  x += i * x_stride;
-  acc += i * kPanelRows * Vec::kLanes;
-  if (rows - i == 3) tiles<3, 4>(x, x_stride, panel, panel_rows, columns, acc);
-  if (rows - i == 2) tiles<2, 6>(x, x_stride, panel, panel_rows, columns, acc);
-  if (rows - i == 1) tiles<1, 8>(x, x_stride, panel, panel_rows, columns, acc);
+  for (; i + 4 <= t.rows; i += 4) tiles<Tile, 4, 3>(t, i);
+  if (t.rows - i == 3) tiles<Tile, 3, 4>(t, i);
+  if (t.rows - i == 2) tiles<Tile, 2, 6>(t, i);
+  if (t.rows - i == 1) tiles<Tile, 1, 8>(t, i);
 }
+
+void accumulate(const Tiles& t) { all_tiles<FloatTile>(t); }
+void accumulate_int(const Tiles& t) { all_tiles<IntTile>(t); }
 
 float reduce(const float* acc) { return Vec::sum(acc); }
+float reduce_int(const float* acc) { return Vec8::sum(acc); }
 
 }  // namespace
 }  // namespace pcdvq

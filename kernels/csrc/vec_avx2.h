@@ -20,12 +20,7 @@ struct Levels {
   static Levels load4(const int8_t* a, const int8_t* b) {
     return {_mm_insert_epi32(_mm_cvtsi32_si128(load_as<int32_t>(a)), load_as<int32_t>(b), 1)};
   }
-
-  // Eight codes of one dimension, which are the levels themselves but for -128.
-  static Levels load_codes(const uint8_t* p) {
-    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    return {_mm_max_epi8(codes, _mm_set1_epi8(-127))};
-  }
+  void store8(int8_t* p) const { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), v); }
 
   Levels negate(uint64_t signs) const {
     const auto* factors = reinterpret_cast<const __m128i*>(kSignMasks.factors[signs]);
@@ -83,6 +78,20 @@ struct Vec8 {
  private:
   static __m256 flip(__m256 value, int signs) { return Vec8{value}.negate(uint32_t(signs)).v; }
 };
+
+// Sixteen int16, or sums of their products in eight lanes.
+struct Words {
+  __m256i v;
+
+  static Words load(const int16_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  }
+  Vec8 to_floats() const { return {_mm256_cvtepi32_ps(v)}; }
+};
+
+inline Words add_products(Words a, Words b, Words sum) {
+  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))};
+}
 
 inline Vec8 operator+(Vec8 a, Vec8 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec8 operator-(Vec8 a, Vec8 b) { return {_mm256_sub_ps(a.v, b.v)}; }

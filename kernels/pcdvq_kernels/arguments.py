@@ -14,6 +14,8 @@ from pcdvq_kernels.errors import PCDVQError
 MAX_CODE_BITS = 24
 MAX_STATE_BITS = 4
 INT8_FIELDS = (1, 0, 0, 8, 0, 0, 0)  # of a layout whose codes are the levels
+# By their number in a layout.
+ACTIVATIONS = ("int8", "int16", "float")
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,6 +30,7 @@ class LayoutFields(NamedTuple):
     magnitude_bits: int
     rotation_bits: int
     state_bits: int
+    activations: int
 
     @property
     def code_bits(self) -> int:
@@ -59,7 +62,7 @@ def _linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
     problems = {
         "vector_dim must be 2, 4 or 8, or 1 with 8 pattern bits alone": fields.vector_dim
         not in (2, 4, 8)
-        and layout[1:] != INT8_FIELDS,
+        and layout[1:8] != INT8_FIELDS,
         "sign_bits must be 0 or vector_dim": fields.sign_bits not in (0, fields.vector_dim),
         "parity must be 0, or 1 with sign bits": fields.parity not in (0, 1)
         or fields.parity > fields.sign_bits,
@@ -73,6 +76,9 @@ def _linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
             fields.rotation_bits, fields.state_bits
         )
         > (0 if fields.magnitude_bits or not fields.sign_bits else fields.pattern_bits),
+        f"activations must be in [0, {len(ACTIVATIONS) - 1}]": not 0
+        <= fields.activations
+        < len(ACTIVATIONS),
         "hadamard_block must be a power of two": block < 1 or block & (block - 1),
         "K must be a positive multiple of 8": in_features < 8 or in_features % 8,
     }

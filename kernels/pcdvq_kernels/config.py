@@ -12,6 +12,8 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "pcdvq"
 # Rows of a weight that a trellis chain runs through before it starts over (FORMAT.md).
 SEGMENT_ROWS = 16
+# What kernels may round activations to (FORMAT.md).
+Activations = Literal["int8", "int16", "float"]
 
 
 class CodebookSpec(BaseModel):
@@ -99,6 +101,7 @@ class PCDVQCheckpointConfig(BaseModel):
     modules_to_not_convert: list[str]
     embedding: str | None = None
     head: str | None = None
+    activations: Activations = "int8"
 
     @model_validator(mode="after")
     def _check(self) -> PCDVQCheckpointConfig:

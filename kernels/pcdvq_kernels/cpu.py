@@ -31,9 +31,9 @@ _BAD_ID = 3
 
 
 # PcdvqLinear of kernels/csrc/pcdvq.h. Packing takes a third of what a ctypes.Structure takes.
-_LINEAR = struct.Struct("7P12q4i")
+_LINEAR = struct.Struct("7P13q4i")
 # PcdvqEmbedding, likewise.
-_EMBEDDING = struct.Struct("6P12q3i")
+_EMBEDDING = struct.Struct("6P13q3i")
 
 
 class _Nearest(ctypes.Structure):

@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 from pcdvq_kernels import cpu, fallback
-from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.arguments import ACTIVATIONS
+from pcdvq_kernels.config import Activations, CodebookSpec
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,13 @@ class Layout:
     Attributes:
         hadamard_block: Hadamard block size for the layer's K.
         spec: layout of its codebook's codes.
+        activations: what H S x is rounded to where the device has a kernel for that: "int8",
+            "int16" or "float" for not at all.
     """
 
     hadamard_block: int
     spec: CodebookSpec
+    activations: Activations = "int8"
 
     def to_ints(self) -> list[int]:
         spec = self.spec
@@ -63,6 +67,7 @@ class Layout:
             spec.magnitude_bits,
             spec.rotation_bits,
             spec.state_bits,
+            ACTIVATIONS.index(self.activations),
         ]
 
 

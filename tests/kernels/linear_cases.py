@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from pcdvq_kernels import reference
 from pcdvq_kernels.codebook import MAX_LEVEL, Codebook, int8_directions
-from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.config import Activations, CodebookSpec
 from pcdvq_kernels.ops import Layout
 from torch import Tensor
 
@@ -84,9 +84,10 @@ class Case:
     codewords: Tensor
     block: int
     bias: Tensor | None = None
+    activations: Activations = "float"  # as the reference computes
 
     def args(self) -> tuple:
-        layout = Layout(self.block, self.codebook.spec).to_ints()
+        layout = Layout(self.block, self.codebook.spec, self.activations).to_ints()
         return (
             self.x,
             self.qweight,

@@ -1,0 +1,236 @@
+// Decodes the offered layouts by table lookups, 32 weights at a time, for AVX2. Included once per
+// instruction set that has it, after its target pragma.
+//
+// Columns are taken in units of 128, in the order that isa.h explains: the low half of a register
+// belongs to the first 64 columns of a unit, the high half to the last 64.
+#pragma once
+
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "isa.h"
+#include "numeric.h"
+
+#define PCDVQ_INLINE inline __attribute__((always_inline))
+
+namespace pcdvq {
+namespace {
+
+using Bytes = __m256i;
+
+inline Bytes load_bytes(const void* p) {
+  return _mm256_loadu_si256(static_cast<const Bytes*>(p));
+}
+
+// Both halves of a register from memory.
+inline Bytes load_halves(const uint8_t* low, const uint8_t* high) {
+  const __m128i* p = reinterpret_cast<const __m128i*>(low);
+  const __m128i* q = reinterpret_cast<const __m128i*>(high);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(p)), _mm_loadu_si128(q), 1);
+}
+
+constexpr int log2_of(int value) { return value <= 1 ? 0 : 1 + log2_of(value / 2); }
+
+// Signed codecs (STATES 0) and trellis codecs. Rows of the table are codewords, of trellis codecs
+// each twice in a row: a rotated codeword is then an unaligned piece of it.
+template <int DIM, int CODE_BITS, bool PARITY, int STATES>
+struct Lookup {
+  static constexpr int kRotationBits = STATES ? log2_of(DIM) : 0;
+  static constexpr int kBaseBits = CODE_BITS - DIM - kRotationBits;
+  static constexpr int kRowBytes = STATES ? 2 * DIM : DIM;
+  static constexpr int kCodewords = 1 << (kBaseBits + PARITY + STATES);
+  static_assert(!STATES || kRowBytes * kCodewords <= kTableBytes, "the table is on the stack");
+
+  // The offset of a code in the table: rotation | parity | base | state, from the lowest bit on.
+  static constexpr int kParityAt = log2_of(kRowBytes);
+  static constexpr int kBaseAt = kParityAt + PARITY;
+  static constexpr int kStateAt = kBaseAt + kBaseBits;
+
+  static constexpr bool kWide = CODE_BITS > 16;  // a code per dword, else per word
+  using Offset = std::conditional_t<kWide, uint32_t, uint16_t>;
+  static constexpr int kHalfBytes = 64 / DIM * CODE_BITS / 8;  // codes of 64 columns
+  static constexpr int kUnitBytes = 2 * kHalfBytes;
+  // A unit's codes are loaded in one or two pieces, the second one up to the end of each half.
+  static constexpr int kPieces = kHalfBytes <= 16 ? 1 : 2;
+  static constexpr int kVectors = kUnitVectors / kPieces;  // of levels, from a piece
+  static constexpr int kCodes = kWide ? 8 : 16;            // in a piece
+  static constexpr int piece_byte(int piece) { return piece ? kHalfBytes - 16 : 0; }
+
+  struct Constants {
+    alignas(32) uint8_t sign_byte[kUnitVectors][32];  // of a piece, where a level's sign bit is
+    alignas(32) uint8_t sign_bit[kUnitVectors][32];
+    alignas(32) uint8_t code_byte[kPieces][32];  // of a piece, for each byte of the codes' lanes
+    alignas(32) uint32_t code_shift[kPieces][8];
+  };
+  static constexpr Constants make_constants() {
+    Constants c = {};
+    for (int b = 0; b < 32; ++b) {
+      for (int v = 0; v < kUnitVectors; ++v) {
+        const int column = 16 * v + b % 16;
+        const int bit = column / DIM * CODE_BITS + column % DIM - 8 * piece_byte(v / kVectors);
+        c.sign_byte[v][b] = uint8_t(bit / 8);
+        c.sign_bit[v][b] = uint8_t(1 << bit % 8);
+      }
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int code = piece * kCodes / 2 + b % 16 / int(sizeof(Offset));
+        const int bit = code * CODE_BITS - 8 * piece_byte(piece);
+        const int byte = bit / 8 + b % int(sizeof(Offset));
+        c.code_byte[piece][b] = uint8_t(byte < 16 ? byte : 0x80);
+        if (b % 4 == 0) c.code_shift[piece][b / 4] = uint32_t(bit % 8);
+      }
+    }
+    return c;
+  }
+  static constexpr Constants kConstants = make_constants();
+
+  static PCDVQ_INLINE Bytes set(int value) {
+    return kWide ? _mm256_set1_epi32(value) : _mm256_set1_epi16(int16_t(value));
+  }
+
+  template <int RIGHT>
+  static PCDVQ_INLINE Bytes shift(Bytes v) {
+    constexpr int kBits = RIGHT < 0 ? -RIGHT : RIGHT;
+    if (kWide) return RIGHT < 0 ? _mm256_slli_epi32(v, kBits) : _mm256_srli_epi32(v, kBits);
+    return RIGHT < 0 ? _mm256_slli_epi16(v, kBits) : _mm256_srli_epi16(v, kBits);
+  }
+
+  static PCDVQ_INLINE Bytes load_piece(const uint8_t* unit, int piece) {
+    if (kHalfBytes == 16) return load_bytes(unit);
+    return load_halves(unit + piece_byte(piece), unit + kHalfBytes + piece_byte(piece));
+  }
+
+  // A code in the low bits of each lane, other bits above them.
+  static PCDVQ_INLINE Bytes codes(Bytes bytes, int piece) {
+    if (CODE_BITS == 16) return bytes;
+    const Bytes lanes = _mm256_shuffle_epi8(bytes, load_bytes(kConstants.code_byte[piece]));
+    if (kWide) return _mm256_srlv_epi32(lanes, load_bytes(kConstants.code_shift[piece]));
+    static_assert(CODE_BITS == 12 || CODE_BITS >= 16, "every other code starts inside of a byte");
+    return _mm256_blend_epi16(lanes, _mm256_srli_epi16(lanes, 4), 0xAA);
+  }
+
+  // What the codes of a row add to the offsets of the row below.
+  static PCDVQ_INLINE Bytes states(Bytes codes) {
+    constexpr int kMask = ((1 << STATES) - 1) << kStateAt;
+    return _mm256_and_si256(shift<CODE_BITS - STATES - kStateAt>(codes), set(kMask));
+  }
+
+  static PCDVQ_INLINE Bytes parities(Bytes codes) {
+    const Bytes odd = _mm256_setr_epi8(0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0, 1, 0, 1, 1, 0,  //
+                                       0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0, 1, 0, 1, 1, 0);
+    const Bytes nibble = DIM == 8 ? _mm256_xor_si256(codes, shift<4>(codes)) : codes;
+    const Bytes table = _mm256_slli_epi16(odd, kParityAt);
+    return _mm256_shuffle_epi8(table, _mm256_and_si256(nibble, set(15)));
+  }
+
+  static PCDVQ_INLINE Bytes offsets(Bytes codes) {
+    constexpr int kMask = ((1 << kBaseBits) - 1) << kBaseAt;
+    Bytes sum = _mm256_and_si256(shift<DIM - kBaseAt>(codes), set(kMask));
+    if (PARITY) sum = _mm256_or_si256(sum, parities(codes));
+    if (STATES) {
+      const Bytes rotation = shift<CODE_BITS - kRotationBits>(codes);
+      sum = _mm256_or_si256(sum, _mm256_and_si256(rotation, set(DIM - 1)));
+    }
+    return sum;
+  }
+
+  static PCDVQ_INLINE __m128i two_rows(const int8_t* a, const int8_t* b) {
+    const __m128d low = _mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)));
+    return _mm_castpd_si128(_mm_loadh_pd(low, reinterpret_cast<const double*>(b)));
+  }
+
+  // 16 levels before signs, from codes that follow each other; `at` is the first one's offset.
+  static PCDVQ_INLINE __m128i half_levels(const int8_t* table, const Offset* at) {
+    if (DIM == 8) return two_rows(table + at[0], table + at[1]);
+    // A load of four offsets and shifts take less time than four loads.
+    const uint64_t four = load_as<uint64_t>(at);
+    const auto row = [=](int i) __attribute__((always_inline)) {
+      return load_as<int32_t>(table + uint16_t(four >> (16 * i)));
+    };
+    const __m128i a = _mm_insert_epi32(_mm_cvtsi32_si128(row(0)), row(1), 1);
+    return _mm_insert_epi32(_mm_insert_epi32(a, row(2), 2), row(3), 3);
+  }
+
+  // Vector `v` of a piece's levels before signs; `at` are the offsets of the piece.
+  static PCDVQ_INLINE Bytes levels(const int8_t* table, const Offset* at, int v) {
+    const Offset* low = at + v * (16 / DIM);
+    const __m128i high = half_levels(table, low + kCodes / 2);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(half_levels(table, low)), high, 1);
+  }
+
+  // All ones where a level of vector `v` of the unit is negative.
+  static PCDVQ_INLINE Bytes negative(Bytes piece, int v) {
+    const Bytes bit = load_bytes(kConstants.sign_bit[v]);
+    const Bytes byte = _mm256_shuffle_epi8(piece, load_bytes(kConstants.sign_byte[v]));
+    return _mm256_cmpeq_epi8(_mm256_and_si256(byte, bit), bit);
+  }
+
+  // The table of a trellis codec.
+  static void expand(const int8_t* codewords, int8_t* table) {
+    for (int64_t row = 0; row < kCodewords; ++row) {
+      std::memcpy(table + row * kRowBytes, codewords + row * DIM, DIM);
+      std::memcpy(table + row * kRowBytes + DIM, codewords + row * DIM, DIM);
+    }
+  }
+};
+
+// The last unit of a weight row may be cut short: of such units, and of the row above, copies are
+// read that are padded to whole units.
+template <class L, int ROWS>
+struct CutUnit {
+  uint8_t bytes[ROWS + 1][64];
+  static_assert(L::kUnitBytes <= 64, "a unit fits");
+
+  // `row` has a row above it where `above`; `first` is the first byte of the unit.
+  CutUnit(const uint8_t* row, int64_t row_bytes, int64_t first, int64_t rows, bool above) {
+    std::memset(bytes, 0, sizeof(bytes));
+    for (int64_t r = above ? -1 : 0; r < rows; ++r) {
+      std::memcpy(bytes[r + 1], row + r * row_bytes + first, size_t(row_bytes - first));
+    }
+  }
+};
+
+// Levels of one unit of weight rows that follow each other in a segment; those `states` make are
+// of the row above. levels: [rows, kPanelColumns].
+template <class L>
+PCDVQ_INLINE void decode_unit(const int8_t* table, const uint8_t* unit, int64_t row_bytes,
+                              int64_t row, int64_t rows, int8_t* levels) {
+  alignas(32) typename L::Offset offsets[L::kCodes];
+  for (int piece = 0; piece < L::kPieces; ++piece) {
+    Bytes states = _mm256_setzero_si256();
+    if (row % kSegmentRows) states = L::states(L::codes(L::load_piece(unit - row_bytes, piece), piece));
+    for (int64_t r = 0; r < rows; ++r) {
+      const Bytes bytes = L::load_piece(unit + r * row_bytes, piece);
+      const Bytes codes = L::codes(bytes, piece);
+      if ((row + r) % kSegmentRows == 0) states = _mm256_setzero_si256();
+      const Bytes at = _mm256_or_si256(L::offsets(codes), states);
+      _mm256_store_si256(reinterpret_cast<Bytes*>(offsets), at);
+      states = L::states(codes);
+      for (int v = 0; v < L::kVectors; ++v) {
+        const int vector = piece * L::kVectors + v;
+        const Bytes sign = _mm256_or_si256(L::negative(bytes, vector), _mm256_set1_epi8(1));
+        const Bytes signed_levels = _mm256_sign_epi8(L::levels(table, offsets, v), sign);
+        int8_t* out = levels + r * kPanelColumns + 32 * vector;
+        _mm256_storeu_si256(reinterpret_cast<Bytes*>(out), signed_levels);
+      }
+    }
+  }
+}
+
+template <class L>
+void decode_lookup(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t units,
+                   int8_t* levels) {
+  const uint8_t* codes = w.qweight + row * w.row_bytes;
+  for (int64_t u = 0; u < units; ++u, levels += kUnitColumns) {
+    const int64_t byte = (first + u) * L::kUnitBytes;
+    if (byte + L::kUnitBytes <= w.row_bytes) {
+      decode_unit<L>(w.table, codes + byte, w.row_bytes, row, rows, levels);
+    } else {
+      const CutUnit<L, kPanelRows> cut(codes, w.row_bytes, byte, rows, row % kSegmentRows);
+      decode_unit<L>(w.table, cut.bytes[1], sizeof(cut.bytes[0]), row, rows, levels);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pcdvq

@@ -155,25 +155,30 @@ void decode(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t 
 }
 
 // Codes that are the levels, but for -128.
+inline void copy_codes(const int8_t* codes, int64_t count, int8_t* levels) {
+  for (int64_t i = 0; i < count; ++i) levels[i] = codes[i] < -127 ? -127 : codes[i];
+}
+
 void decode_int8(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t units,
                  int8_t* panel) {
   const int64_t begin = first * kUnitColumns;
   const int64_t columns = smaller(units * kUnitColumns, w.k - begin);
   const int8_t* codes = reinterpret_cast<const int8_t*>(w.qweight) + row * w.row_bytes + begin;
   for (int64_t r = 0; r < rows; ++r, codes += w.row_bytes, panel += kPanelColumns) {
-    const auto copy = [=](int64_t i, int64_t count) {
+    for (int64_t i = 0; i < columns; i += 16) {
       int8_t* out = panel + i / kUnitColumns * kUnitColumns + run_place(i % kUnitColumns / 16);
-      for (int64_t j = 0; j < count; ++j) out[j] = codes[i + j] < -127 ? -127 : codes[i + j];
-    };
-    int64_t i = 0;
-    for (; i + 16 <= columns; i += 16) copy(i, 16);
-    if (i < columns) copy(i, columns - i);
+      if (i + 16 <= columns) {
+        copy_codes(codes + i, 16, out);
+      } else {
+        copy_codes(codes + i, columns - i, out);
+      }
+    }
   }
 }
 
 template <int DIM, int CODE_BITS, bool SIGNS, bool PARITY, bool STATES = false>
 constexpr Decoder make_decoder() {
-  return {decode<Codec<DIM, CODE_BITS, SIGNS, PARITY, STATES>>, nullptr, nullptr};
+  return {decode<Codec<DIM, CODE_BITS, SIGNS, PARITY, STATES>>, nullptr, nullptr, nullptr};
 }
 
 template <int DIM>
@@ -190,7 +195,7 @@ Decoder generic_decoder(const PcdvqLayout& layout) {
 Decoder find_decoder(const PcdvqLayout& layout) {
   Decoder decoder;
   if (find_lookup(layout, &decoder)) return decoder;
-  if (layout.vector_dim == 1) return {decode_int8, nullptr, nullptr};
+  if (layout.vector_dim == 1) return {decode_int8, nullptr, nullptr, nullptr};
   if (layout.vector_dim == 8 && !layout.sign_bits) {
     const int64_t code_bits = layout.pattern_bits + layout.magnitude_bits;
     if (code_bits == 16) return make_decoder<8, 16, false, false>();

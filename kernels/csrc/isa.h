@@ -37,21 +37,35 @@ struct Weights {
 using DecodeFn = void (*)(const Weights&, int64_t row, int64_t rows, int64_t first, int64_t units,
                           int8_t* panel);
 
-// A row of quantized activations for DotFn. Both are in the order of units.
-struct DotRow {
+// A row of int8 activations for DotFn. Both are in the order of units.
+struct ByteRow {
   const int8_t* levels;  // [units, 4, 2, 32]: of each vector the levels, then those negated
   const float* scales;   // [units, 8]
 };
 
+// Rows of int8 or int16 activations as int16, in the order of units: of each vector of 32 the even
+// elements, then the odd ones. Vectors of several rows may be interleaved.
+struct WordRows {
+  int16_t* levels;  // [units * 4, vector_stride]
+  float* scales;    // [units, scale_stride], of each row 8
+  int64_t vector_stride;
+  int64_t scale_stride;
+};
+
 // out[r] = x . levels of weight row (row + r), for rows [row, row + rows).
-using DotFn = void (*)(const Weights&, int64_t row, int64_t rows, const DotRow& x, float* out);
+using DotFn = void (*)(const Weights&, int64_t row, int64_t rows, const ByteRow& x, float* out);
+
+// The same of x_rows (1, 2, 4 or 8) interleaved rows of x. out: [x_rows, kPanelRows].
+using DotsFn = void (*)(const Weights&, int64_t row, int64_t rows, const WordRows& x,
+                        int64_t x_rows, float* out);
 
 // Bytes of the largest expanded table.
 constexpr int64_t kTableBytes = 32768;
 
 struct Decoder {
   DecodeFn decode;
-  DotFn dot;  // null: there is none, and panels are used for one row of activations too
+  DotFn dot;    // null, as `dots`: there is none, and panels are used whatever M is
+  DotsFn dots;
   // Makes the table of a codebook: [<= kTableBytes]. Null: the codewords are used.
   void (*expand)(const int8_t* codewords, int8_t* table);
 };
@@ -82,11 +96,9 @@ struct Kernels {
   // whole units too.
   void (*order_floats)(float* x, int64_t columns, float* out);
 
-  // Quantizes `columns` rotated activations, in the order of columns, to units in that of
-  // units. `x` has room as above. Of int8: DotRow; of int16: for each vector the 16
-  // even elements, then the odd ones. scales: [units, 8].
-  void (*quantize_int8)(float* x, int64_t columns, int8_t* out, float* scales);
-  void (*quantize_int16)(float* x, int64_t columns, float limit, int16_t* out, float* scales);
+  // Quantizes `columns` rotated activations, in the order of columns; `x` has room as above.
+  void (*quantize_int8)(float* x, int64_t columns, int8_t* levels, float* scales);  // of ByteRow
+  void (*quantize_int16)(float* x, int64_t columns, float limit, const WordRows& out);
 
   // Levels of a panel as the other factor of `accumulate` and `accumulate_int`.
   void (*to_floats)(const int8_t* levels, int64_t count, float* out);

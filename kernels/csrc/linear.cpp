@@ -13,6 +13,8 @@ namespace {
 // Activation rows that share a decode: at 256 rows decoding costs a few percent of the products,
 // and a thread's accumulators (256 x 24 x lanes floats) stay in L2.
 constexpr int64_t kBlockRows = 256;
+// Activation rows up to which decoding in registers beats decoding to panels.
+constexpr int64_t kDotRows = 16;
 // Columns of one unit of the rotation, at least a Hadamard block.
 constexpr int64_t kRotateColumns = 1024;
 
@@ -44,6 +46,8 @@ struct Linear {
         decoder(k.decoder(problem.layout)),
         units((problem.k + kUnitColumns - 1) / kUnitColumns),
         floats(problem.layout.activations == PCDVQ_FLOAT) {}
+
+  float limit() const { return p.layout.activations == PCDVQ_INT8 ? 127.0f : 32767.0f; }
 
   int64_t panels() const { return (p.n + kPanelRows - 1) / kPanelRows; }
 
@@ -114,6 +118,79 @@ PcdvqStatus Linear::run_dot(int threads) const {
   return PCDVQ_OK;
 }
 
+// A few rows of int8 or int16 activations, up to 8 of which share a decode in registers.
+struct Dots {
+  const Linear& linear;
+  const PcdvqLinear& p;
+  static constexpr int64_t kMost = 8;
+  const int64_t level_count, scale_count;  // of a row
+  Buffer<int16_t> levels;                  // [m, level_count], in chunks of interleaved rows
+  Buffer<float> scales;                    // [m, scale_count], likewise
+  Buffer<float> rotated;                   // of each thread a run
+
+  Dots(const Linear& l, int threads)
+      : linear(l),
+        p(l.p),
+        level_count(l.units * kUnitColumns),
+        scale_count(l.units * 8),
+        levels(allocate<int16_t>(round_up(l.p.m, kMost) * level_count)),
+        scales(allocate<float>(round_up(l.p.m, kMost) * scale_count)),
+        rotated(allocate<float>(threads * l.run_floats())) {}
+
+  // Rows of the chunk that starts at row m0: 1, 2, 4 or 8 of which some may be padding.
+  int64_t chunk_rows(int64_t m0) const {
+    int64_t rows = 1;
+    while (rows < std::min(kMost, p.m - m0)) rows *= 2;
+    return rows;
+  }
+
+  WordRows chunk(int64_t m0) const {
+    const int64_t rows = chunk_rows(m0);
+    return {levels.get() + m0 * level_count, scales.get() + m0 * scale_count, 32 * rows, 8 * rows};
+  }
+
+  void prepare(int64_t m, int64_t run, float* buffer) const {
+    const int64_t columns = linear.rotate(m, run, buffer);
+    const int64_t unit = run * linear.rotate_run() / kUnitColumns;
+    WordRows out = chunk(m - m % kMost);
+    out.levels += unit * kUnitVectors * out.vector_stride + m % kMost * 32;
+    out.scales += unit * out.scale_stride + m % kMost * 8;
+    linear.kernels.quantize_int16(buffer, columns, linear.limit(), out);
+  }
+
+  // Outputs [0, m) x [n0, n0 + kPanelRows).
+  void panel(const Weights& weights, int64_t n0) const {
+    const int64_t panel_rows = std::min(kPanelRows, p.n - n0);
+    for (int64_t m0 = 0; m0 < p.m; m0 += kMost) {
+      float sums[kMost * kPanelRows];
+      linear.decoder.dots(weights, n0, panel_rows, chunk(m0), chunk_rows(m0), sums);
+      for (int64_t i = 0; i < std::min(kMost, p.m - m0); ++i) {
+        for (int64_t r = 0; r < panel_rows; ++r) {
+          linear.write(sums[i * kPanelRows + r], m0 + i, n0 + r);
+        }
+      }
+    }
+  }
+
+  PcdvqStatus run(int threads) const {
+    if (!levels || !scales || !rotated) return PCDVQ_NO_MEMORY;
+    std::fill(levels.get(), levels.get() + round_up(p.m, kMost) * level_count, int16_t(0));
+    std::fill(scales.get(), scales.get() + round_up(p.m, kMost) * scale_count, 0.0f);
+    const int64_t runs = linear.rotate_units();
+#pragma omp parallel num_threads(threads)
+    {
+      alignas(64) int8_t table[kTableBytes];
+      const Weights weights = linear.make_weights(table);
+      float* buffer = rotated.get() + thread_index() * linear.run_floats();
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < p.m * runs; ++i) prepare(i / runs, i % runs, buffer);
+#pragma omp for schedule(dynamic) nowait
+      for (int64_t i = 0; i < linear.panels(); ++i) panel(weights, i * kPanelRows);
+    }
+    return PCDVQ_OK;
+  }
+};
+
 // Any number of activation rows: weights are decoded to panels that all of a block share.
 // T: float, or int16_t for activations of int8 and int16.
 template <class T>
@@ -157,9 +234,8 @@ struct Panels {
     if constexpr (kFloats) {
       kernels.order_floats(rotated, columns, out);
     } else {
-      const float limit = p.layout.activations == PCDVQ_INT8 ? 127.0f : 32767.0f;
       float* scale = scales.get() + row * scale_stride + first / kUnitColumns * 8;
-      kernels.quantize_int16(rotated, columns, limit, out, scale);
+      kernels.quantize_int16(rotated, columns, linear.limit(), {out, scale, 32, 8});
     }
   }
 
@@ -224,8 +300,9 @@ struct Panels {
 PcdvqStatus Linear::run() const {
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, panels())));
   if (floats) return Panels<float>(*this).run(threads);
-  const bool dot = p.m == 1 && p.layout.activations == PCDVQ_INT8 && decoder.dot;
-  return dot ? run_dot(threads) : Panels<int16_t>(*this).run(threads);
+  if (p.m > kDotRows || !decoder.dots) return Panels<int16_t>(*this).run(threads);
+  const bool bytes = p.m == 1 && p.layout.activations == PCDVQ_INT8;
+  return bytes ? run_dot(threads) : Dots(*this, threads).run(threads);
 }
 
 }  // namespace

@@ -65,25 +65,30 @@ void quantize_int8(float* x, int64_t columns, int8_t* out, float* scales) {
   }
 }
 
-void quantize_int16(float* x, int64_t columns, float limit, int16_t* out, float* scales) {
+void quantize_int16(float* x, int64_t columns, float limit, const WordRows& out) {
   columns = pad_units(x, columns);
-  for (int64_t first = 0; first < columns; first += kUnitColumns) {
+  int16_t* vector = out.levels;
+  for (int64_t u = 0; u * kUnitColumns < columns; ++u) {
     int16_t integers[kUnitColumns];
-    quantize_unit(x + first, limit, integers, scales);
-    for (int64_t run = 0; run < kUnitColumns / 16; ++run) {
-      int16_t* place = out + 32 * (run % 4) + 8 * (run / 4);
-      for (int64_t i = 0; i < 8; ++i) place[i] = integers[16 * run + 2 * i];
-      for (int64_t i = 0; i < 8; ++i) place[i + 16] = integers[16 * run + 2 * i + 1];
+    quantize_unit(x + u * kUnitColumns, limit, integers, out.scales + u * out.scale_stride);
+    for (int64_t v = 0; v < kUnitVectors; ++v, vector += out.vector_stride) {
+      for (int64_t h = 0; h < 2; ++h) {
+        const int16_t* run = integers + kScaleColumns * h + 16 * v;
+        for (int64_t i = 0; i < 8; ++i) vector[8 * h + i] = run[2 * i];
+        for (int64_t i = 0; i < 8; ++i) vector[8 * h + 16 + i] = run[2 * i + 1];
+      }
     }
-    out += kUnitColumns, scales += 8;
   }
 }
 
 // out: of each 32 levels the even ones, then the odd ones.
 void to_int16(const int8_t* levels, int64_t count, int16_t* out) {
   for (int64_t first = 0; first < count; first += 32) {
-    for (int64_t i = 0; i < 16; ++i) out[first + i] = levels[first + 2 * i];
-    for (int64_t i = 0; i < 16; ++i) out[first + 16 + i] = levels[first + 2 * i + 1];
+    int16_t pairs[16], halves[32];
+    std::memcpy(pairs, levels + first, sizeof(pairs));
+    for (int64_t i = 0; i < 16; ++i) halves[i] = int16_t(int16_t(uint16_t(pairs[i]) << 8) >> 8);
+    for (int64_t i = 0; i < 16; ++i) halves[16 + i] = int16_t(pairs[i] >> 8);
+    std::memcpy(out + first, halves, sizeof(halves));
   }
 }
 

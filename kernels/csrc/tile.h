@@ -48,11 +48,11 @@ struct IntTile {
     for (int64_t u = 0; u < t.units; ++u, x += kUnitColumns, panel += kUnitColumns) {
       Words sum[ROWS][COLS] = {};
       for (int64_t k = 0; k < kUnitColumns; k += 16) {
-        for (int j = 0; j < COLS; ++j) {
-          const Words b = Words::load(panel + j * kPanelColumns + k);
-          for (int i = 0; i < ROWS; ++i) {
-            sum[i][j] = add_products(Words::load(x + i * t.x_stride + k), b, sum[i][j]);
-          }
+        Words b[COLS];
+        for (int j = 0; j < COLS; ++j) b[j] = Words::load(panel + j * kPanelColumns + k);
+        for (int i = 0; i < ROWS; ++i) {
+          const Words a = Words::load(x + i * t.x_stride + k);
+          for (int j = 0; j < COLS; ++j) sum[i][j] = add_products(a, b[j], sum[i][j]);
         }
       }
       for (int i = 0; i < ROWS; ++i) {
@@ -66,23 +66,29 @@ struct IntTile {
   }
 };
 
-// 8 to 12 accumulators whatever the number of activation rows: latencies stay hidden.
 template <class Tile, int ROWS, int COLS>
 void tiles(const Tiles& t, int64_t row) {
+  static_assert(kPanelRows % COLS == 0, "tiles must cover a panel");
   for (int64_t j = 0; j < t.panel_rows; j += COLS) Tile::template run<ROWS, COLS>(t, row, j);
 }
 
-template <class Tile>
-void all_tiles(const Tiles& t) {
+// 8 to 12 accumulators whatever the number of activation rows: latencies stay hidden.
+void accumulate(const Tiles& t) {
   int64_t i = 0;
-  for (; i + 4 <= t.rows; i += 4) tiles<Tile, 4, 3>(t, i);
-  if (t.rows - i == 3) tiles<Tile, 3, 4>(t, i);
-  if (t.rows - i == 2) tiles<Tile, 2, 6>(t, i);
-  if (t.rows - i == 1) tiles<Tile, 1, 8>(t, i);
+  for (; i + 4 <= t.rows; i += 4) tiles<FloatTile, 4, 3>(t, i);
+  if (t.rows - i == 3) tiles<FloatTile, 3, 4>(t, i);
+  if (t.rows - i == 2) tiles<FloatTile, 2, 6>(t, i);
+  if (t.rows - i == 1) tiles<FloatTile, 1, 8>(t, i);
 }
 
-void accumulate(const Tiles& t) { all_tiles<FloatTile>(t); }
-void accumulate_int(const Tiles& t) { all_tiles<IntTile>(t); }
+// A product takes a register of its own before it is added: with more accumulators gcc spills.
+void accumulate_int(const Tiles& t) {
+  int64_t i = 0;
+  for (; i + 4 <= t.rows; i += 4) tiles<IntTile, 4, 2>(t, i);
+  if (t.rows - i == 3) tiles<IntTile, 3, 3>(t, i);
+  if (t.rows - i == 2) tiles<IntTile, 2, 4>(t, i);
+  if (t.rows - i == 1) tiles<IntTile, 1, 4>(t, i);
+}
 
 float reduce(const float* acc) { return Vec::sum(acc); }
 float reduce_int(const float* acc) { return Vec8::sum(acc); }

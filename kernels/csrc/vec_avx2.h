@@ -90,7 +90,10 @@ struct Words {
 };
 
 inline Words add_products(Words a, Words b, Words sum) {
-  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v))};
+  sum.v = _mm256_add_epi32(sum.v, _mm256_madd_epi16(a.v, b.v));
+  // Or gcc would gather the products of several steps to add them in another order, and spill.
+  __asm__("" : "+x"(sum.v));
+  return sum;
 }
 
 inline Vec8 operator+(Vec8 a, Vec8 b) { return {_mm256_add_ps(a.v, b.v)}; }

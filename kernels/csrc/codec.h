@@ -1,5 +1,5 @@
 // Decodes any layout, an octet (8 consecutive levels, from one code or several) at a time. Included
-// once per instruction set, after its target pragma, its `Levels` and its find_lookup().
+// once per instruction set, after its target pragma, its `Levels` and its find_offered().
 #pragma once
 
 #include <type_traits>
@@ -24,8 +24,7 @@ inline Row weight_row(const Weights& w, int64_t row) {
   return row % kSegmentRows ? Row{codes, codes - w.row_bytes, ~uint64_t(0)} : Row{codes, codes, 0};
 }
 
-// CODE_BITS 0: any, from the layout.
-template <int DIM, int CODE_BITS, bool SIGNS, bool PARITY, bool STATES>
+template <int DIM, bool SIGNS, bool PARITY, bool STATES>
 struct Codec {
   static constexpr int kCodes = 8 / DIM;
   static constexpr int kSignBits = SIGNS ? DIM : 0;
@@ -38,14 +37,13 @@ struct Codec {
         state_bits_(int(w.layout.state_bits)),
         rotation_bits_(int(w.layout.rotation_bits)) {}
 
-  int code_bits() const { return CODE_BITS ? CODE_BITS : code_bits_; }
-  int octet_bits() const { return kCodes * code_bits(); }
+  int octet_bits() const { return kCodes * code_bits_; }
 
   // Bytes that `octet` may read, from the byte of an octet's first bit on.
   int read_bytes() const {
-    const int last_field = STATES ? code_bits() - state_bits_ : kSignBits;
+    const int last_field = STATES ? code_bits_ - state_bits_ : kSignBits;
     const int last = last_field > kSignBits ? last_field : kSignBits;
-    return ((kCodes - 1) * code_bits() + last + 7) / 8 + 4;
+    return ((kCodes - 1) * code_bits_ + last + 7) / 8 + 4;
   }
 
   // The octet whose first bit is bit `bit` of the row.
@@ -54,12 +52,12 @@ struct Codec {
     uint64_t rotations[kCodes] = {};
     uint64_t signs = 0;
     for (int i = 0; i < kCodes; ++i) {
-      const int64_t first = bit + i * code_bits();
+      const int64_t first = bit + i * code_bits_;
       const uint64_t code_signs = kSignBits ? field(row.codes, first, kSignBits) : 0;
-      uint64_t fields = field(row.codes, first + kSignBits, code_bits() - kSignBits);
+      uint64_t fields = field(row.codes, first + kSignBits, code_bits_ - kSignBits);
       if (STATES) {
-        const int base_bits = code_bits() - kSignBits - rotation_bits_;
-        const uint64_t state = field(row.above, first + code_bits() - state_bits_, state_bits_);
+        const int base_bits = code_bits_ - kSignBits - rotation_bits_;
+        const uint64_t state = field(row.above, first + code_bits_ - state_bits_, state_bits_);
         rotations[i] = fields >> base_bits;
         fields = (fields & ((uint64_t(1) << base_bits) - 1)) | (state << base_bits & row.keep);
       }
@@ -97,9 +95,9 @@ struct Codec {
   inline Levels load(const uint64_t* rows) const {
     if (DIM == 8) return Levels::load8(table + rows[0] * 8);
     if (DIM == 4) return Levels::load4(table + rows[0] * 4, table + rows[1 % kCodes] * 4);
-    uint16_t pairs[4];
-    for (int i = 0; i < 4; ++i) pairs[i] = load_as<uint16_t>(table + rows[i % kCodes] * 2);
-    return Levels::load8(reinterpret_cast<const int8_t*>(pairs));
+    int8_t levels[8];
+    for (int i = 0; i < kCodes; ++i) std::memcpy(levels + i * DIM, table + rows[i] * DIM, DIM);
+    return Levels::load8(levels);
   }
 };
 
@@ -154,56 +152,28 @@ void decode(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t 
   }
 }
 
-// Codes that are the levels, but for -128.
-inline void copy_codes(const int8_t* codes, int64_t count, int8_t* levels) {
-  for (int64_t i = 0; i < count; ++i) levels[i] = codes[i] < -127 ? -127 : codes[i];
-}
-
-void decode_int8(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t units,
-                 int8_t* panel) {
-  const int64_t begin = first * kUnitColumns;
-  const int64_t columns = smaller(units * kUnitColumns, w.k - begin);
-  const int8_t* codes = reinterpret_cast<const int8_t*>(w.qweight) + row * w.row_bytes + begin;
-  for (int64_t r = 0; r < rows; ++r, codes += w.row_bytes, panel += kPanelColumns) {
-    for (int64_t i = 0; i < columns; i += 16) {
-      int8_t* out = panel + i / kUnitColumns * kUnitColumns + run_place(i % kUnitColumns / 16);
-      if (i + 16 <= columns) {
-        copy_codes(codes + i, 16, out);
-      } else {
-        copy_codes(codes + i, columns - i, out);
-      }
-    }
-  }
-}
-
-template <int DIM, int CODE_BITS, bool SIGNS, bool PARITY, bool STATES = false>
+template <int DIM, bool SIGNS, bool PARITY, bool STATES = false>
 constexpr Decoder make_decoder() {
-  return {decode<Codec<DIM, CODE_BITS, SIGNS, PARITY, STATES>>, nullptr, nullptr, nullptr};
+  return {decode<Codec<DIM, SIGNS, PARITY, STATES>>, nullptr, nullptr, nullptr};
 }
 
 template <int DIM>
 Decoder generic_decoder(const PcdvqLayout& layout) {
   if (layout.state_bits) {
-    return layout.parity ? make_decoder<DIM, 0, true, true, true>()
-                         : make_decoder<DIM, 0, true, false, true>();
+    return layout.parity ? make_decoder<DIM, true, true, true>()
+                         : make_decoder<DIM, true, false, true>();
   }
-  if (layout.parity) return make_decoder<DIM, 0, true, true>();
-  return layout.sign_bits ? make_decoder<DIM, 0, true, false>()
-                          : make_decoder<DIM, 0, false, false>();
+  if (layout.parity) return make_decoder<DIM, true, true>();
+  return layout.sign_bits ? make_decoder<DIM, true, false>() : make_decoder<DIM, false, false>();
 }
 
 Decoder find_decoder(const PcdvqLayout& layout) {
   Decoder decoder;
-  if (find_lookup(layout, &decoder)) return decoder;
-  if (layout.vector_dim == 1) return {decode_int8, nullptr, nullptr, nullptr};
-  if (layout.vector_dim == 8 && !layout.sign_bits) {
-    const int64_t code_bits = layout.pattern_bits + layout.magnitude_bits;
-    if (code_bits == 16) return make_decoder<8, 16, false, false>();
-    if (code_bits == 18) return make_decoder<8, 18, false, false>();
-  }
+  if (find_offered(layout, &decoder)) return decoder;
   return layout.vector_dim == 8   ? generic_decoder<8>(layout)
          : layout.vector_dim == 4 ? generic_decoder<4>(layout)
-                                  : generic_decoder<2>(layout);
+         : layout.vector_dim == 2 ? generic_decoder<2>(layout)
+                                  : make_decoder<1, false, false>();
 }
 
 }  // namespace

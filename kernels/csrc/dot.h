@@ -1,11 +1,62 @@
-// Products of few rows of activations with weight rows, which are decoded in registers.
-// Included once per instruction set, after lookup.h.
+// Decodes weight rows: to panels, and in registers for products with few rows of activations.
+// Included once per instruction set, after its `Words`.
 #pragma once
 
-#include "lookup.h"
+#include "direct.h"
 
 namespace pcdvq {
 namespace {
+
+// The last unit of a weight row may be cut short: of such units, and of the row above, copies are
+// read that are padded to whole units.
+template <class L, int ROWS>
+struct CutUnit {
+  uint8_t bytes[ROWS + 1][L::kUnitBytes];
+
+  // `row` has a row above it where `above`; `first` is the first byte of the unit.
+  CutUnit(const uint8_t* row, int64_t row_bytes, int64_t first, int64_t rows, bool above) {
+    std::memset(bytes, 0, sizeof(bytes));
+    for (int64_t r = above ? -1 : 0; r < rows; ++r) {
+      std::memcpy(bytes[r + 1], row + r * row_bytes + first, size_t(row_bytes - first));
+    }
+  }
+};
+
+template <class L>
+PCDVQ_INLINE typename L::States states_above(const uint8_t* unit, int64_t row_bytes, int64_t row) {
+  return row % kSegmentRows ? L::states_of(unit - row_bytes) : L::no_states();
+}
+
+// Levels of one unit of weight rows. levels: [rows, kPanelColumns].
+template <class L>
+PCDVQ_INLINE void decode_unit(const int8_t* table, const uint8_t* codes, int64_t row_bytes,
+                              int64_t row, int64_t rows, int8_t* levels) {
+  typename L::States states = states_above<L>(codes, row_bytes, row);
+  for (int64_t r = 0; r < rows; ++r, codes += row_bytes, levels += kPanelColumns) {
+    if ((row + r) % kSegmentRows == 0) states = L::no_states();
+    typename L::Unit unit;
+    for (int i = 0; i < L::kPieces; ++i) unit.load(codes, i, states);
+    for (int v = 0; v < kUnitVectors; ++v) {
+      const Bytes vector = unit.signed_levels(table, v);
+      _mm256_storeu_si256(reinterpret_cast<Bytes*>(levels + 32 * v), vector);
+    }
+  }
+}
+
+template <class L>
+void decode_units(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t units,
+                  int8_t* levels) {
+  const uint8_t* codes = w.qweight + row * w.row_bytes;
+  for (int64_t u = 0; u < units; ++u, levels += kUnitColumns) {
+    const int64_t byte = (first + u) * L::kUnitBytes;
+    if (byte + L::kUnitBytes <= w.row_bytes) {
+      decode_unit<L>(w.table, codes + byte, w.row_bytes, row, rows, levels);
+    } else {
+      const CutUnit<L, kPanelRows> cut(codes, w.row_bytes, byte, rows, row % kSegmentRows);
+      decode_unit<L>(w.table, cut.bytes[1], L::kUnitBytes, row, rows, levels);
+    }
+  }
+}
 
 // Units [0, units) of ROWS weight rows of a segment, the first of which is `row`. sums: a
 // vector of lanes each.
@@ -17,34 +68,27 @@ namespace {
 template <class L, int ROWS>
 PCDVQ_INLINE void dot_units(const int8_t* table, const uint8_t* codes, int64_t row_bytes,
                             int64_t row, const ByteRow& x, int64_t units, __m256 (&sums)[ROWS]) {
-  alignas(32) typename L::Offset offsets[ROWS][L::kCodes];
+  typename L::Unit unit[ROWS];
   const Bytes ones = _mm256_set1_epi16(1);
   const int8_t* levels_x = x.levels;
   for (int64_t u = 0; u < units; ++u, codes += L::kUnitBytes) {
+    typename L::States states = states_above<L>(codes, row_bytes, row);
     Bytes total[ROWS];
 #pragma GCC unroll 2
     for (int piece = 0; piece < L::kPieces; ++piece) {
-      Bytes bytes[ROWS], states = _mm256_setzero_si256();
-      if (row % kSegmentRows) {
-        states = L::states(L::codes(L::load_piece(codes - row_bytes, piece), piece));
-      }
       for (int r = 0; r < ROWS; ++r) {
         if (piece == 0) __builtin_prefetch(codes + (r + ROWS) * row_bytes);
-        bytes[r] = L::load_piece(codes + r * row_bytes, piece);
-        const Bytes c = L::codes(bytes[r], piece);
-        const Bytes at = _mm256_or_si256(L::offsets(c), states);
-        _mm256_store_si256(reinterpret_cast<Bytes*>(offsets[r]), at);
-        states = L::states(c);
+        unit[r].load(codes + r * row_bytes, piece, states);
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < L::kVectors; ++v, levels_x += 64) {
+      for (int v = piece * L::kVectors; v < (piece + 1) * L::kVectors; ++v, levels_x += 64) {
         const Bytes positive = load_bytes(levels_x), negated = load_bytes(levels_x + 32);
         for (int r = 0; r < ROWS; ++r) {
-          const int vector = piece * L::kVectors + v;
-          const Bytes a = _mm256_blendv_epi8(positive, negated, L::negative(bytes[r], vector));
-          const Bytes pairs = _mm256_maddubs_epi16(L::levels(table, offsets[r], v), a);
+          const Bytes negative = L::negative(unit[r].bytes[piece], v);
+          const Bytes a = _mm256_blendv_epi8(positive, negated, negative);
+          const Bytes pairs = _mm256_maddubs_epi16(unit[r].unsigned_levels(table, v), a);
           const Bytes products = _mm256_madd_epi16(pairs, ones);
-          total[r] = vector ? _mm256_add_epi32(total[r], products) : products;
+          total[r] = v ? _mm256_add_epi32(total[r], products) : products;
         }
       }
     }
@@ -66,7 +110,7 @@ void dot_rows(const Weights& w, int64_t row, const ByteRow& x, float* out) {
     const CutUnit<L, ROWS> cut(codes, w.row_bytes, whole * L::kUnitBytes, ROWS,
                                row % kSegmentRows);
     const ByteRow rest = {x.levels + 2 * kUnitColumns * whole, x.scales + 8 * whole};
-    dot_units<L, ROWS>(w.table, cut.bytes[1], sizeof(cut.bytes[0]), row, rest, 1, sums);
+    dot_units<L, ROWS>(w.table, cut.bytes[1], L::kUnitBytes, row, rest, 1, sums);
   }
   for (int r = 0; r < ROWS; ++r) out[r] = Vec8{sums[r]}.sum();
 }
@@ -86,39 +130,27 @@ template <class L, int X_ROWS>
 PCDVQ_INLINE void dots_units(const int8_t* table, const uint8_t* codes, int64_t row_bytes,
                              int64_t row, int64_t rows, const WordRows& x, int64_t units,
                              __m256 (&sums)[4][X_ROWS]) {
-  alignas(32) typename L::Offset offsets[L::kPieces][L::kCodes];
   const int16_t* levels_x = x.levels;
   for (int64_t u = 0; u < units; ++u, codes += L::kUnitBytes, levels_x += 128 * X_ROWS) {
-    Bytes states[L::kPieces];
-    for (int piece = 0; piece < L::kPieces; ++piece) {
-      states[piece] = _mm256_setzero_si256();
-      if (row % kSegmentRows) {
-        states[piece] = L::states(L::codes(L::load_piece(codes - row_bytes, piece), piece));
-      }
-    }
+    typename L::States states = states_above<L>(codes, row_bytes, row);
     for (int64_t r = 0; r < rows; ++r) {
+      typename L::Unit unit;
       Words total[X_ROWS] = {};
-      __builtin_prefetch(codes + (r + 4) * row_bytes);
+      for (int byte = 0; byte < L::kUnitBytes; byte += 64) {
+        __builtin_prefetch(codes + (r + 4) * row_bytes + byte);
+      }
 #pragma GCC unroll 2
-      for (int piece = 0; piece < L::kPieces; ++piece) {
-        const Bytes bytes = L::load_piece(codes + r * row_bytes, piece);
-        const Bytes c = L::codes(bytes, piece);
-        const Bytes at = _mm256_or_si256(L::offsets(c), states[piece]);
-        _mm256_store_si256(reinterpret_cast<Bytes*>(offsets[piece]), at);
-        states[piece] = L::states(c);
+      for (int i = 0; i < L::kPieces; ++i) unit.load(codes + r * row_bytes, i, states);
 #pragma GCC unroll 4
-        for (int v = 0; v < L::kVectors; ++v) {
-          const int vector = piece * L::kVectors + v;
-          const Bytes sign = _mm256_or_si256(L::negative(bytes, vector), _mm256_set1_epi8(1));
-          const Bytes levels = _mm256_sign_epi8(L::levels(table, offsets[piece], v), sign);
-          const Words even = {_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8)};
-          const Words odd = {_mm256_srai_epi16(levels, 8)};
+      for (int v = 0; v < kUnitVectors; ++v) {
+        const Bytes levels = unit.signed_levels(table, v);
+        const Words even = {_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8)};
+        const Words odd = {_mm256_srai_epi16(levels, 8)};
 #pragma GCC unroll 8
-          for (int m = 0; m < X_ROWS; ++m) {
-            const int16_t* a = levels_x + 32 * (X_ROWS * vector + m);
-            total[m] = add_products(Words::load(a), even, total[m]);
-            total[m] = add_products(Words::load(a + 16), odd, total[m]);
-          }
+        for (int m = 0; m < X_ROWS; ++m) {
+          const int16_t* a = levels_x + 32 * (X_ROWS * v + m);
+          total[m] = add_products(Words::load(a), even, total[m]);
+          total[m] = add_products(Words::load(a + 16), odd, total[m]);
         }
       }
       for (int m = 0; m < X_ROWS; ++m) {
@@ -139,7 +171,7 @@ void dots_rows(const Weights& w, int64_t row, int64_t rows, const WordRows& x, f
     const CutUnit<L, 4> cut(codes, w.row_bytes, whole * L::kUnitBytes, rows, row % kSegmentRows);
     const WordRows rest = {x.levels + whole * kUnitColumns * X_ROWS,
                            x.scales + whole * 8 * X_ROWS, x.vector_stride, x.scale_stride};
-    dots_units<L, X_ROWS>(w.table, cut.bytes[1], sizeof(cut.bytes[0]), row, rows, rest, 1, sums);
+    dots_units<L, X_ROWS>(w.table, cut.bytes[1], L::kUnitBytes, row, rows, rest, 1, sums);
   }
   for (int64_t r = 0; r < rows; ++r) {
     for (int m = 0; m < X_ROWS; ++m) out[m * kPanelRows + r] = Vec8{sums[r][m]}.sum();
@@ -163,19 +195,30 @@ bool match_lookup(const PcdvqLayout& layout, Decoder* decoder) {
       layout.vector_dim == DIM && layout.sign_bits == DIM && layout.state_bits == STATES &&
       layout.rotation_bits == L::kRotationBits && (layout.parity > 0) == PARITY &&
       layout.sign_bits + layout.pattern_bits + layout.magnitude_bits == CODE_BITS;
-  if (same) *decoder = {decode_lookup<L>, dot<L>, dots<L>, STATES ? L::expand : nullptr};
+  if (same) *decoder = {decode_units<L>, dot<L>, dots<L>, STATES ? L::expand : nullptr};
   return same;
 }
 
-// The offered signed and trellis codecs, at 2, 2.25, 3 and 4 bits.
-bool find_lookup(const PcdvqLayout& layout, Decoder* decoder) {
+template <int DIM, int CODE_BITS, class L>
+bool match_direct(const PcdvqLayout& layout, Decoder* decoder) {
+  const bool same = layout.vector_dim == DIM && !layout.sign_bits &&
+                    layout.pattern_bits + layout.magnitude_bits == CODE_BITS;
+  if (same) *decoder = {decode_units<L>, nullptr, dots<L>, nullptr};
+  return same;
+}
+
+// The offered layouts.
+bool find_offered(const PcdvqLayout& layout, Decoder* decoder) {
   return match_lookup<8, 16, true>(layout, decoder) || match_lookup<8, 18, true>(layout, decoder) ||
          match_lookup<4, 12, true>(layout, decoder) ||
          match_lookup<4, 16, false>(layout, decoder) ||
          match_lookup<8, 16, true, 3>(layout, decoder) ||
          match_lookup<8, 18, true, 3>(layout, decoder) ||
          match_lookup<4, 12, true, 3>(layout, decoder) ||
-         match_lookup<4, 16, false, 2>(layout, decoder);
+         match_lookup<4, 16, false, 2>(layout, decoder) ||
+         match_direct<8, 16, Rows8<16>>(layout, decoder) ||
+         match_direct<8, 18, Rows8<18>>(layout, decoder) ||
+         match_direct<1, 8, Int8>(layout, decoder);
 }
 
 }  // namespace

@@ -64,8 +64,8 @@ constexpr int64_t kTableBytes = 32768;
 
 struct Decoder {
   DecodeFn decode;
-  DotFn dot;    // null, as `dots`: there is none, and panels are used whatever M is
-  DotsFn dots;
+  DotFn dot;    // null: there is none, and `dots` or panels are used
+  DotsFn dots;  // likewise
   // Makes the table of a codebook: [<= kTableBytes]. Null: the codewords are used.
   void (*expand)(const int8_t* codewords, int8_t* table);
 };

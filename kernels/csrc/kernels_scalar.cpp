@@ -99,6 +99,11 @@ struct Words {
   }
 };
 
+// out: of 32 levels the even ones, then the odd ones.
+inline void split_levels(const int8_t* levels, int16_t* out) {
+  for (int i = 0; i < 32; ++i) out[i / 2 + i % 2 * 16] = levels[i];
+}
+
 inline Words add_products(const Words& a, const Words& b, Words sum) {
   for (int i = 0; i < 8; ++i) {
     sum.v[i] += a.p[2 * i] * b.p[2 * i] + a.p[2 * i + 1] * b.p[2 * i + 1];
@@ -107,7 +112,7 @@ inline Words add_products(const Words& a, const Words& b, Words sum) {
 }
 
 // All layouts take the generic decoder.
-bool find_lookup(const PcdvqLayout&, Decoder*) { return false; }
+bool find_offered(const PcdvqLayout&, Decoder*) { return false; }
 
 struct Index {
   int32_t v[8];

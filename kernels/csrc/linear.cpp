@@ -14,7 +14,7 @@ namespace {
 // and a thread's accumulators (256 x 24 x lanes floats) stay in L2.
 constexpr int64_t kBlockRows = 256;
 // Activation rows up to which decoding in registers beats decoding to panels.
-constexpr int64_t kDotRows = 16;
+constexpr int64_t kDotRows = 64;
 // Columns of one unit of the rotation, at least a Hadamard block.
 constexpr int64_t kRotateColumns = 1024;
 
@@ -239,6 +239,17 @@ struct Panels {
     }
   }
 
+  // Fetches the codes of the step from unit `u` on: the hardware does not follow as many rows as a
+  // panel has. Addresses past the end of the weights are harmless.
+  void prefetch(int64_t n0, int64_t panel_rows, int64_t u) const {
+    const int64_t first = u * p.row_bytes / linear.units;
+    const int64_t last = first + kPanelColumns / kUnitColumns * p.row_bytes / linear.units;
+    for (int64_t r = 0; r < panel_rows; ++r) {
+      const uint8_t* row = p.qweight + (n0 + r) * p.row_bytes;
+      for (int64_t byte = first; byte < last; byte += 64) __builtin_prefetch(row + byte);
+    }
+  }
+
   // Outputs [m0, m0 + rows) x [n0, n0 + kPanelRows).
   void panel(const Weights& weights, int64_t m0, int64_t rows, int64_t n0, Scratch& s) const {
     const int64_t panel_rows = std::min(kPanelRows, p.n - n0);
@@ -246,6 +257,7 @@ struct Panels {
     constexpr int64_t kUnits = kPanelColumns / kUnitColumns;
     for (int64_t u = 0; u < linear.units; u += kUnits) {
       const int64_t count = std::min(kUnits, linear.units - u);
+      prefetch(n0, panel_rows, u + kUnits);
       linear.decoder.decode(weights, n0, panel_rows, u, count, s.levels);
       if constexpr (kFloats) {
         kernels.to_floats(s.levels, panel_rows * kPanelColumns, s.panel);
@@ -301,7 +313,7 @@ PcdvqStatus Linear::run() const {
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, panels())));
   if (floats) return Panels<float>(*this).run(threads);
   if (p.m > kDotRows || !decoder.dots) return Panels<int16_t>(*this).run(threads);
-  const bool bytes = p.m == 1 && p.layout.activations == PCDVQ_INT8;
+  const bool bytes = p.m == 1 && p.layout.activations == PCDVQ_INT8 && decoder.dot;
   return bytes ? run_dot(threads) : Dots(*this, threads).run(threads);
 }
 

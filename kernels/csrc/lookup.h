@@ -1,5 +1,5 @@
-// Decodes the offered layouts by table lookups, 32 weights at a time, for AVX2. Included once per
-// instruction set that has it, after its target pragma.
+// Decodes the offered layouts, 32 weights at a time, for AVX2: signed and trellis codecs here.
+// Included once per instruction set that has it, after its target pragma.
 //
 // Columns are taken in units of 128, in the order that isa.h explains: the low half of a register
 // belongs to the first 64 columns of a unit, the high half to the last 64.
@@ -28,6 +28,12 @@ inline Bytes load_halves(const uint8_t* low, const uint8_t* high) {
   const __m128i* p = reinterpret_cast<const __m128i*>(low);
   const __m128i* q = reinterpret_cast<const __m128i*>(high);
   return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(p)), _mm_loadu_si128(q), 1);
+}
+
+// Eight levels at each pointer.
+inline __m128i two_rows(const int8_t* a, const int8_t* b) {
+  const __m128d low = _mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)));
+  return _mm_castpd_si128(_mm_loadh_pd(low, reinterpret_cast<const double*>(b)));
 }
 
 constexpr int log2_of(int value) { return value <= 1 ? 0 : 1 + log2_of(value / 2); }
@@ -134,11 +140,6 @@ struct Lookup {
     return sum;
   }
 
-  static PCDVQ_INLINE __m128i two_rows(const int8_t* a, const int8_t* b) {
-    const __m128d low = _mm_castsi128_pd(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)));
-    return _mm_castpd_si128(_mm_loadh_pd(low, reinterpret_cast<const double*>(b)));
-  }
-
   // 16 levels before signs, from codes that follow each other; `at` is the first one's offset.
   static PCDVQ_INLINE __m128i half_levels(const int8_t* table, const Offset* at) {
     if (DIM == 8) return two_rows(table + at[0], table + at[1]);
@@ -165,6 +166,47 @@ struct Lookup {
     return _mm256_cmpeq_epi8(_mm256_and_si256(byte, bit), bit);
   }
 
+  // What a unit of a row adds to the offsets of the row below.
+  struct States {
+    Bytes of_piece[kPieces];
+  };
+
+  static PCDVQ_INLINE States no_states() {
+    States none;
+    for (Bytes& piece : none.of_piece) piece = _mm256_setzero_si256();
+    return none;
+  }
+
+  static PCDVQ_INLINE States states_of(const uint8_t* unit) {
+    States all;
+    for (int i = 0; i < kPieces; ++i) all.of_piece[i] = states(codes(load_piece(unit, i), i));
+    return all;
+  }
+
+  // A unit of a row, of which levels are then asked for.
+  struct Unit {
+    Bytes bytes[kPieces];
+    alignas(32) Offset offsets[kPieces][kCodes];
+
+    // Piece `i`. `states` are of the row above, and then of this row.
+    PCDVQ_INLINE void load(const uint8_t* unit, int i, States& all) {
+      bytes[i] = load_piece(unit, i);
+      const Bytes c = codes(bytes[i], i);
+      const Bytes at = _mm256_or_si256(Lookup::offsets(c), all.of_piece[i]);
+      _mm256_store_si256(reinterpret_cast<Bytes*>(offsets[i]), at);
+      all.of_piece[i] = states(c);
+    }
+
+    PCDVQ_INLINE Bytes unsigned_levels(const int8_t* table, int v) const {
+      return levels(table, offsets[v / kVectors], v % kVectors);
+    }
+
+    PCDVQ_INLINE Bytes signed_levels(const int8_t* table, int v) const {
+      const Bytes sign = _mm256_or_si256(negative(bytes[v / kVectors], v), _mm256_set1_epi8(1));
+      return _mm256_sign_epi8(unsigned_levels(table, v), sign);
+    }
+  };
+
   // The table of a trellis codec.
   static void expand(const int8_t* codewords, int8_t* table) {
     for (int64_t row = 0; row < kCodewords; ++row) {
@@ -173,64 +215,6 @@ struct Lookup {
     }
   }
 };
-
-// The last unit of a weight row may be cut short: of such units, and of the row above, copies are
-// read that are padded to whole units.
-template <class L, int ROWS>
-struct CutUnit {
-  uint8_t bytes[ROWS + 1][64];
-  static_assert(L::kUnitBytes <= 64, "a unit fits");
-
-  // `row` has a row above it where `above`; `first` is the first byte of the unit.
-  CutUnit(const uint8_t* row, int64_t row_bytes, int64_t first, int64_t rows, bool above) {
-    std::memset(bytes, 0, sizeof(bytes));
-    for (int64_t r = above ? -1 : 0; r < rows; ++r) {
-      std::memcpy(bytes[r + 1], row + r * row_bytes + first, size_t(row_bytes - first));
-    }
-  }
-};
-
-// Levels of one unit of weight rows that follow each other in a segment; those `states` make are
-// of the row above. levels: [rows, kPanelColumns].
-template <class L>
-PCDVQ_INLINE void decode_unit(const int8_t* table, const uint8_t* unit, int64_t row_bytes,
-                              int64_t row, int64_t rows, int8_t* levels) {
-  alignas(32) typename L::Offset offsets[L::kCodes];
-  for (int piece = 0; piece < L::kPieces; ++piece) {
-    Bytes states = _mm256_setzero_si256();
-    if (row % kSegmentRows) states = L::states(L::codes(L::load_piece(unit - row_bytes, piece), piece));
-    for (int64_t r = 0; r < rows; ++r) {
-      const Bytes bytes = L::load_piece(unit + r * row_bytes, piece);
-      const Bytes codes = L::codes(bytes, piece);
-      if ((row + r) % kSegmentRows == 0) states = _mm256_setzero_si256();
-      const Bytes at = _mm256_or_si256(L::offsets(codes), states);
-      _mm256_store_si256(reinterpret_cast<Bytes*>(offsets), at);
-      states = L::states(codes);
-      for (int v = 0; v < L::kVectors; ++v) {
-        const int vector = piece * L::kVectors + v;
-        const Bytes sign = _mm256_or_si256(L::negative(bytes, vector), _mm256_set1_epi8(1));
-        const Bytes signed_levels = _mm256_sign_epi8(L::levels(table, offsets, v), sign);
-        int8_t* out = levels + r * kPanelColumns + 32 * vector;
-        _mm256_storeu_si256(reinterpret_cast<Bytes*>(out), signed_levels);
-      }
-    }
-  }
-}
-
-template <class L>
-void decode_lookup(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t units,
-                   int8_t* levels) {
-  const uint8_t* codes = w.qweight + row * w.row_bytes;
-  for (int64_t u = 0; u < units; ++u, levels += kUnitColumns) {
-    const int64_t byte = (first + u) * L::kUnitBytes;
-    if (byte + L::kUnitBytes <= w.row_bytes) {
-      decode_unit<L>(w.table, codes + byte, w.row_bytes, row, rows, levels);
-    } else {
-      const CutUnit<L, kPanelRows> cut(codes, w.row_bytes, byte, rows, row % kSegmentRows);
-      decode_unit<L>(w.table, cut.bytes[1], sizeof(cut.bytes[0]), row, rows, levels);
-    }
-  }
-}
 
 }  // namespace
 }  // namespace pcdvq

@@ -83,13 +83,7 @@ void quantize_int16(float* x, int64_t columns, float limit, const WordRows& out)
 
 // out: of each 32 levels the even ones, then the odd ones.
 void to_int16(const int8_t* levels, int64_t count, int16_t* out) {
-  for (int64_t first = 0; first < count; first += 32) {
-    int16_t pairs[16], halves[32];
-    std::memcpy(pairs, levels + first, sizeof(pairs));
-    for (int64_t i = 0; i < 16; ++i) halves[i] = int16_t(int16_t(uint16_t(pairs[i]) << 8) >> 8);
-    for (int64_t i = 0; i < 16; ++i) halves[16 + i] = int16_t(pairs[i] >> 8);
-    std::memcpy(out + first, halves, sizeof(halves));
-  }
+  for (int64_t i = 0; i < count; i += 32) split_levels(levels + i, out + i);
 }
 
 void to_floats(const int8_t* levels, int64_t count, float* out) {

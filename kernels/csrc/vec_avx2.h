@@ -96,6 +96,14 @@ inline Words add_products(Words a, Words b, Words sum) {
   return sum;
 }
 
+// out: of 32 levels the even ones, then the odd ones.
+inline void split_levels(const int8_t* levels, int16_t* out) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels));
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(pairs, 8), 8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), even);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_srai_epi16(pairs, 8));
+}
+
 inline Vec8 operator+(Vec8 a, Vec8 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec8 operator-(Vec8 a, Vec8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec8 operator*(Vec8 a, Vec8 b) { return {_mm256_mul_ps(a.v, b.v)}; }

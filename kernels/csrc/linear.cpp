@@ -14,7 +14,7 @@ namespace {
 // and a thread's accumulators (256 x 24 x lanes floats) stay in L2.
 constexpr int64_t kBlockRows = 256;
 // Activation rows up to which decoding in registers beats decoding to panels.
-constexpr int64_t kDotRows = 64;
+constexpr int64_t kDotRows = 8;
 // Columns of one unit of the rotation, at least a Hadamard block.
 constexpr int64_t kRotateColumns = 1024;
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pcdvq_kernels.config import QUANT_METHOD, CodebookSpec, PCDVQCheckpointConfig
+from pcdvq_kernels.arguments import ACTIVATIONS
+from pcdvq_kernels.config import (
+    DEFAULT_ACTIVATIONS,
+    QUANT_METHOD,
+    Activations,
+    CodebookSpec,
+    PCDVQCheckpointConfig,
+)
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import (
@@ -17,11 +24,14 @@ from vllm_pcdvq.codebooks import CodebookStore, read_codebooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.models.utils import WeightsMapper
 
 # A child of vLLM's logger, so that its handlers and VLLM_LOGGING_LEVEL apply.
 logger = init_logger("vllm.pcdvq")
+
+# Key of vLLM's --additional-config.
+ACTIVATIONS_OPTION = "pcdvq_activations"
 
 
 class PCDVQConfig(QuantizationConfig):
@@ -106,6 +116,23 @@ class PCDVQConfig(QuantizationConfig):
             self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
             if self.embedding is not None:
                 self.embedding = next(iter(hf_to_vllm_mapper.apply_list([self.embedding])), None)
+
+    def activations(self, vllm_config: VllmConfig | None) -> Activations:
+        """What activations are rounded to: the server's option, or what the checkpoint says.
+
+        Raises:
+            PCDVQError: the option has another value.
+        """
+        options = vllm_config.additional_config if vllm_config else {}
+        value = options.get(ACTIVATIONS_OPTION) if isinstance(options, dict) else None
+        if value is None:
+            return self.checkpoint.activations or DEFAULT_ACTIVATIONS
+        if value not in ACTIVATIONS:
+            raise PCDVQError(
+                f"{ACTIVATIONS_OPTION} in --additional-config is {value!r}; choose from "
+                f"{', '.join(ACTIVATIONS)}"
+            )
+        return value
 
     def spec(self, codebook: str) -> CodebookSpec:
         """Code layout of the codebook with this id."""

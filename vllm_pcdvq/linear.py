@@ -72,15 +72,17 @@ class PCDVQLinearMethod(LinearMethodBase):
 
         Raises:
             CheckpointError: no Hadamard block for this input size.
-            PCDVQError: a tensor-parallel split that the checkpoint does not allow.
+            PCDVQError: a tensor-parallel split that the checkpoint does not allow, or an option
+                that does not exist.
         """
         self.block = self.config.checkpoint.block(input_size)
         check_split(self.prefix, self.spec, self.block, input_size, input_size_per_partition)
         check_rows(self.prefix, self.spec, output_partition_sizes, output_size)
-        self.layout = Layout(self.block, self.spec).to_ints()
         self.params_dtype = params_dtype
         rows, slots = sum(output_partition_sizes), len(output_partition_sizes)
         vllm_config = get_current_vllm_config_or_none()
+        activations = self.config.activations(vllm_config)
+        self.layout = Layout(self.block, self.spec, activations).to_ints()
         model = vllm_config and vllm_config.model_config
         self.config.add_layer(self.kind, self.codebook, rows * input_size_per_partition, model)
 

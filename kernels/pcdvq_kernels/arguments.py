@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from pcdvq_kernels.config import Activations
 from pcdvq_kernels.errors import PCDVQError
 
 MAX_CODE_BITS = 24
 MAX_STATE_BITS = 4
 INT8_FIELDS = (1, 0, 0, 8, 0, 0, 0)  # of a layout whose codes are the levels
 # By their number in a layout.
-ACTIVATIONS = ("int8", "int16", "float")
+ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

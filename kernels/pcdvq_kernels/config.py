@@ -14,6 +14,7 @@ QUANT_METHOD = "pcdvq"
 SEGMENT_ROWS = 16
 # What kernels may round activations to (FORMAT.md).
 Activations = Literal["int8", "int16", "float"]
+DEFAULT_ACTIVATIONS: Activations = "int8"
 
 
 class CodebookSpec(BaseModel):
@@ -101,7 +102,7 @@ class PCDVQCheckpointConfig(BaseModel):
     modules_to_not_convert: list[str]
     embedding: str | None = None
     head: str | None = None
-    activations: Activations = "int8"
+    activations: Activations | None = None
 
     @model_validator(mode="after")
     def _check(self) -> PCDVQCheckpointConfig:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from pcdvq_kernels import cpu, fallback
 from pcdvq_kernels.arguments import ACTIVATIONS
-from pcdvq_kernels.config import Activations, CodebookSpec
+from pcdvq_kernels.config import DEFAULT_ACTIVATIONS, Activations, CodebookSpec
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Layout:
 
     hadamard_block: int
     spec: CodebookSpec
-    activations: Activations = "int8"
+    activations: Activations = DEFAULT_ACTIVATIONS
 
     def to_ints(self) -> list[int]:
         spec = self.spec

@@ -10,6 +10,7 @@ import pytest
 import torch
 from linear_cases import BLOCKS, SPECS, random_case, unit_case
 from pcdvq_kernels import cpu, fallback
+from pcdvq_kernels.arguments import ACTIVATIONS
 from pcdvq_kernels.nearest import nearest_codeword
 from pcdvq_kernels.reference import decode_levels
 from pcdvq_kernels.trellis import trellis_codes
@@ -69,10 +70,11 @@ def test_decodes_exactly(isa, codec, k):
 
 @all_isas
 @pytest.mark.parametrize("codec", SPECS)
-def test_rows_are_independent(isa, codec, threads):
-    case = random_case(codec, 300, 77, 72)
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_rows_are_independent(isa, codec, activations, threads):
+    case = replace(random_case(codec, 300, 77, 72), activations=activations)
     whole = run(case, isa)
-    for first, last in ((0, 1), (299, 300), (3, 5), (5, 8), (7, 11), (255, 300), (0, 257)):
+    for first, last in ((0, 1), (299, 300), (3, 5), (5, 8), (7, 11), (11, 20), (0, 257)):
         part = run(case.with_x(case.x[first:last]), isa)
         assert torch.equal(part, whole[first:last])
     for count in (1, 3):
@@ -130,10 +132,11 @@ def guarded_bytes(data):
 
 @all_isas
 @pytest.mark.parametrize("codec", SPECS)
-def test_reads_end_with_the_codes(isa, codec):
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_reads_end_with_the_codes(isa, codec, activations):
     for k in (8, 72, 576):
-        for m in (1, 3):
-            case = random_case(codec, m, 5, k)
+        for m in (1, 3, 9):
+            case = replace(random_case(codec, m, 5, k), activations=activations)
             x, qweight, *rest = case.args()
             y = cpu.linear(x, guarded_bytes(qweight), *rest, isa=isa)
             assert torch.equal(y, run(case, isa))

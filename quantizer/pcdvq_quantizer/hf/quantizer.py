@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from pcdvq_kernels.checkpoint import CODEBOOK_FILE, Checkpoint, open_checkpoint
 from pcdvq_kernels.codebook import Codebook
-from pcdvq_kernels.config import QUANT_METHOD, PCDVQCheckpointConfig
+from pcdvq_kernels.config import DEFAULT_ACTIVATIONS, QUANT_METHOD, PCDVQCheckpointConfig
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from pcdvq_kernels.ops import Layout
 from torch import nn
@@ -91,7 +91,9 @@ class PCDVQHfQuantizer(HfQuantizer):
                 "load the model class that config.json names in `architectures`"
             ) from None
         layer, config = self.checkpoint.layers[name], self.checkpoint.config
-        layout = Layout(config.block(layer.in_features), config.codebooks[layer.codebook])
+        spec = config.codebooks[layer.codebook]
+        activations = config.activations or DEFAULT_ACTIVATIONS
+        layout = Layout(config.block(layer.in_features), spec, activations)
         found = layer.out_features, layer.in_features
         if isinstance(module, nn.Linear):
             _check_shape(name, found, (module.out_features, module.in_features))

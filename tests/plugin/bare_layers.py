@@ -65,6 +65,7 @@ def make_config(
             max_tp=1,
             modules_to_not_convert=[],
             embedding=embedding,
+            activations="float",  # as dense weights compute
         )
     )
     config.codebooks = CodebookStore(dict.fromkeys(sorted(ids), codebook))

@@ -172,6 +172,7 @@ def write_random_checkpoint(
         "hadamard_blocks": blocks,
         "max_tp": max_tp,
         "modules_to_not_convert": [] if roles else ["lm_head"],
+        "activations": "float",  # as the model that is returned computes
         **roles,
     }
     _write(path, model, dtype, state, quantization, codebooks)

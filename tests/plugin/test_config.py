@@ -11,6 +11,7 @@ import pytest
 import torch
 import vllm
 from bare_layers import BLOCK_256, make_codebook, make_config
+from pcdvq_kernels.arguments import ACTIVATIONS
 from pcdvq_kernels.checkpoint import CODEBOOK_FILE, read_quantization_config
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from random_checkpoint import SIGNED, tiny_llama, write_random_checkpoint
@@ -96,6 +97,21 @@ def test_renamed_modules() -> None:
     assert config.layers == {"model.model.layers.0.up": "a"}
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_substr={".up": ".up_proj"}))
     assert config.layers == {"model.model.layers.0.up_proj": "a"}
+
+
+def test_activations(vllm_config) -> None:
+    """The server's option comes before the checkpoint's, which comes before the default."""
+    config = make_config(QKV, BLOCK_256, make_codebook())
+    assert config.activations(None) == "float"
+    assert config.activations(vllm_config) == "float"
+    config.checkpoint = config.checkpoint.model_copy(update={"activations": None})
+    assert config.activations(vllm_config) == "int8"
+    vllm_config.additional_config = {"pcdvq_activations": "int16"}
+    layer = ColumnParallelLinear(256, 64, quant_config=config, prefix="m.q_proj")
+    assert layer.quant_method.layout[-1] == ACTIVATIONS.index("int16")
+    vllm_config.additional_config = {"pcdvq_activations": "int4"}
+    with pytest.raises(PCDVQError, match="'int4'; choose from int8, int16, float"):
+        config.activations(vllm_config)
 
 
 def test_codebooks_survive_the_way_to_a_worker() -> None:

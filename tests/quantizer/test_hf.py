@@ -38,7 +38,15 @@ def quantize(
             nn.init.normal_(parameter)
     model.save_pretrained(source)
     quantize_model(make_plan(str(source), options), tmp_path / "out")
+    change_config(tmp_path / "out", activations="float")  # as dense weights compute
     return source, tmp_path / "out"
+
+
+def change_config(checkpoint: Path, **changes: object) -> None:
+    """Other fields in the quantization_config of `checkpoint`."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (checkpoint / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +73,10 @@ def dense_model(source: Path, checkpoint: Path) -> PreTrainedModel:
 @torch.inference_mode()
 def logits(model: PreTrainedModel) -> Tensor:
     return model(input_ids=TOKENS).logits
+
+
+# Of the largest logit, after four layers whose activations are rounded.
+INT8_RTOL = 0.03
 
 
 def assert_same(found: Tensor, expected: Tensor, rtol: float = RTOL) -> None:
@@ -176,10 +188,17 @@ def changed_copy(checkpoint: Path, path: Path, **changes: object) -> Path:
     path.mkdir()
     for file in checkpoint.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] |= changes
-    (path / "config.json").write_text(json.dumps(config))
+    change_config(path, **changes)
     return path
+
+
+def test_activations(checkpoint: Path, tmp_path: Path) -> None:
+    """Rounding to int8 is the default."""
+    expected = logits(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32))
+    rounded = changed_copy(checkpoint, tmp_path / "rounded", activations=None)
+    found = logits(AutoModelForCausalLM.from_pretrained(rounded, dtype=torch.float32))
+    assert not torch.equal(found, expected)
+    assert_same(found, expected, rtol=INT8_RTOL)
 
 
 def test_bad_checkpoints(checkpoint: Path, tmp_path: Path) -> None:

@@ -123,9 +123,9 @@ void dot(const Weights& w, int64_t row, int64_t rows, const ByteRow& x, float* o
   for (; r < rows; ++r) dot_rows<L, 1>(w, row + r, x, out + r);
 }
 
-// Units [0, units) of weight rows of a segment, at most four, with X_ROWS rows of int16 activations.
-// sums: [4, X_ROWS], a vector of lanes each. As for dot_units, nothing overflows: a lane adds 16
-// products, at most 16 * 127 * 32767 < 2^27 in magnitude.
+// Units [0, units) of weight rows of a segment, at most four, with X_ROWS rows of int16
+// activations. sums: [4, X_ROWS], a vector of lanes each. As for dot_units, nothing overflows: a
+// lane adds 16 products, at most 16 * 127 * 32767 < 2^27 in magnitude.
 template <class L, int X_ROWS>
 PCDVQ_INLINE void dots_units(const int8_t* table, const uint8_t* codes, int64_t row_bytes,
                              int64_t row, int64_t rows, const WordRows& x, int64_t units,

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
+#include <type_traits>
 
 #include "isa.h"
 #include "numeric.h"
@@ -30,7 +32,8 @@ int64_t round_up(int64_t value, int64_t multiple) {
 
 template <class T>
 Buffer<T> allocate(int64_t count) {
-  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, size_t(round_up(count * sizeof(T), 64)))));
+  const int64_t bytes = round_up(count * int64_t(sizeof(T)), 64);
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, size_t(bytes))));
 }
 
 struct Linear {
@@ -105,7 +108,8 @@ PcdvqStatus Linear::run_dot(int threads) const {
     for (int64_t i = 0; i < rotate_units(); ++i) {
       const int64_t first = i * rotate_run();
       const int64_t columns = rotate(0, i, rotated);
-      kernels.quantize_int8(rotated, columns, levels + 2 * first, scales + first / kUnitColumns * 8);
+      float* scale = scales + first / kUnitColumns * 8;
+      kernels.quantize_int8(rotated, columns, levels + 2 * first, scale);
     }
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < panels(); ++i) {

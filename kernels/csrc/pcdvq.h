@@ -40,7 +40,7 @@ struct PcdvqLinear {
   const uint8_t* qweight;     // [n, row_bytes]
   const float* row_scale;     // [n]
   const uint8_t* signs_in;    // [k / 8]
-  const int8_t* codewords;    // [2^(pattern_bits + parity + magnitude_bits), vector_dim]
+  const int8_t* codewords;    // int8 [codewords, vector_dim] (FORMAT.md)
   const void* bias;           // bias_dtype [n], or null
   void* out;                  // x_dtype [m, n]
   int64_t m, n, k, row_bytes;

@@ -1,5 +1,5 @@
 // Rotated activations as integers, a scale for each kScaleColumns of them. Included once per
-// instruction set, after its `Vec8`. The same loops serve them all, so that all make the same integers.
+// instruction set, after its `Vec8`; the same loops serve them all, and make the same integers.
 #pragma once
 
 #include "isa.h"

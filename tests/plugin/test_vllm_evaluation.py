@@ -4,7 +4,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from models import save_model, tiny_config
+from models import change_config, save_model, tiny_config
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
@@ -21,6 +21,7 @@ def test_vllm_agrees_with_transformers(engine: ProcessPoolExecutor, tmp_path: Pa
     wanted = QuantizeOptions(bits=3.2, calibration=str(text), samples=4, sequence_length=64)
     rates = set(quantize_model(make_plan(str(original), wanted), checkpoint).config.layers.values())
     assert len(rates) > 1
+    change_config(checkpoint, activations="float")  # as transformers computes with dense weights
     text.write_text("The quick brown fox jumps over the lazy dog. " * 5)
     (tmp_path / "lines").write_text('{"text": "brown fox"}\n{"text": "lazy dog"}\n')
     options = {

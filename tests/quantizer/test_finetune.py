@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import save_model, tiny_config
+from models import change_config, save_model, tiny_config
 from pcdvq_kernels.checkpoint import open_checkpoint
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.cli import app
@@ -39,7 +39,9 @@ def make_checkpoint(directory: Path, config: dict[str, object]) -> Path:
     # Weights of the usual size for a random model would give nearly the same logits at any rate.
     model = save_model(directory / "model", config | {"initializer_range": 0.2})
     plan = make_plan(str(model), QuantizeOptions(bits=2.0, calibration="none"))
-    return quantize_model(plan, directory / "quantized").directory
+    checkpoint = quantize_model(plan, directory / "quantized").directory
+    change_config(checkpoint, activations="float")  # as dense weights compute
+    return checkpoint
 
 
 @pytest.fixture(scope="module")

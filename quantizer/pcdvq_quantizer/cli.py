@@ -306,6 +306,22 @@ def _finetune(checkpoint: Path, out: Path, options: FinetuneOptions, overwrite: 
     )
 
 
+@app.command()
+def doctor() -> None:
+    """Check this installation and say what to do about what is wrong."""
+    from rich.table import Table
+
+    from pcdvq_quantizer.doctor import examine
+
+    findings = examine()
+    table = Table("", "found", "remedy")
+    for finding in findings:
+        table.add_row(finding.check, finding.found, finding.remedy or "-")
+    console.print(table)
+    if any(finding.fatal for finding in findings):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command; a `PCDVQError` is one sentence, not a traceback."""
     try:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from pcdvq_kernels.checkpoint import read_json
 from pcdvq_kernels.config import QUANT_METHOD
 
@@ -20,8 +21,14 @@ from pcdvq_quantizer.plan import Plan
 
 
 def is_checkpoint(model: str) -> bool:
-    """Whether `model` is the directory of a PCDVQ checkpoint."""
-    config = Path(model).expanduser() / "config.json"
+    """Whether `model` is a PCDVQ checkpoint: a directory, or a repository of the Hub."""
+    path = Path(model).expanduser()
+    config = path / "config.json"
+    if not path.exists():
+        try:
+            config = Path(hf_hub_download(model, "config.json"))
+        except (OSError, ValueError):
+            return False
     if not config.is_file():
         return False
     method = (read_json(config).get("quantization_config") or {}).get("quant_method")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pcdvq_kernels.checkpoint import open_checkpoint
-from pcdvq_quantizer import cli
+from pcdvq_quantizer import cli, serving
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -79,6 +79,18 @@ def test_checkpoint_is_served_as_it_is(
     assert command[2] == str(out)
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "1"
     assert not (tmp_path / "cache").exists()
+
+
+def test_checkpoint_of_the_hub_is_served_as_it_is(
+    calls: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"quantization_config": {"quant_method": "pcdvq"}}')
+    asked = []
+    monkeypatch.setattr(serving, "hf_hub_download", lambda *what: asked.append(what) or config)
+    assert isinstance(serve("someone/model").exception, Started)
+    assert asked == [("someone/model", "config.json")]
+    assert calls[0][0][2] == "someone/model"
 
 
 def test_without_vllm(model: Path, monkeypatch: pytest.MonkeyPatch, calls: list) -> None:

@@ -24,9 +24,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from server import Server, ServerError, running_server, server_environment
 from serving_models import SHAPES, SYSTEMS, Served, prepare
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

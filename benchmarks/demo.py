@@ -18,6 +18,7 @@ from pathlib import Path
 import typer
 from openai import OpenAI
 from rich.console import Console
+
 from server import ServerError, running_server, server_environment
 
 ROOT = Path(__file__).resolve().parents[1]

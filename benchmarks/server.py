@@ -28,12 +28,14 @@ class Server:
 
     Attributes:
         base_url: of its OpenAI API, ending in /v1.
+        pid: of its first process.
         command: what started it.
         log: its output.
         ready_seconds: time from start to ready.
     """
 
     base_url: str
+    pid: int
     command: list[str]
     log: Path
     ready_seconds: float
@@ -41,7 +43,11 @@ class Server:
 
 @contextmanager
 def running_server(
-    model: Path, log: Path, arguments: Sequence[str] = (), timeout: float = 600.0
+    model: Path,
+    log: Path,
+    arguments: Sequence[str] = (),
+    timeout: float = 600.0,
+    quantization: str | None = "pcdvq",
 ) -> Iterator[Server]:
     """Run `vllm serve MODEL --quantization pcdvq ARGUMENTS` on a free port until the block ends.
 
@@ -50,12 +56,15 @@ def running_server(
         log: file for the server's output.
         arguments: more arguments of `vllm serve`.
         timeout: seconds to wait for readiness.
+        quantization: another method, or None for the one that the model's configuration names.
 
     Raises:
         ServerError: it ended or was not ready in time.
     """
     port = _free_port()
-    serve = ["serve", str(model), "--quantization", "pcdvq", "--port", str(port), *arguments]
+    serve = ["serve", str(model), "--port", str(port), *arguments]
+    if quantization is not None:
+        serve += ["--quantization", quantization]
     command = [str(Path(sys.executable).with_name("vllm")), *serve]
     started = time.monotonic()
     with log.open("wb") as output:
@@ -68,7 +77,8 @@ def running_server(
         )
     try:
         _wait_until_ready(process, f"http://127.0.0.1:{port}/health", log, started + timeout)
-        yield Server(f"http://127.0.0.1:{port}/v1", command, log, time.monotonic() - started)
+        ready = time.monotonic() - started
+        yield Server(f"http://127.0.0.1:{port}/v1", process.pid, command, log, ready)
     finally:
         _stop(process)
 

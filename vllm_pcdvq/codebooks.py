@@ -25,7 +25,8 @@ def read_codebooks(
     """Read the codebooks of `model`, a directory or the id of a repository on the Hub.
 
     Every header of a directory is checked on the way; of a repository only two small files are
-    fetched, through the Hub's cache, and its weights are checked while they load.
+    fetched, through the Hub's cache, and its weights are checked while they load. A directory
+    without weights will do for `--load-format dummy`; any other loader refuses it.
 
     Args:
         model: directory or repository id.
@@ -36,13 +37,17 @@ def read_codebooks(
         CheckpointError: a damaged checkpoint, another configuration, or a file that cannot be
             fetched.
     """
-    if Path(model).is_dir():
-        checkpoint = open_checkpoint(Path(model))
+    local = Path(model)
+    if local.is_dir() and any(path.name != CODEBOOK_FILE for path in local.glob("*.safetensors*")):
+        checkpoint = open_checkpoint(local)
         found, codebooks = checkpoint.config, checkpoint.codebooks
     else:
-        directory = _fetch(model, revision, "config.json").parent
-        found = PCDVQCheckpointConfig.parse(read_quantization_config(directory))
-        codebooks = load_codebooks(_fetch(model, revision, CODEBOOK_FILE), found)
+        config_file, codebook_file = (
+            local / name if local.is_dir() else _fetch(model, revision, name)
+            for name in ("config.json", CODEBOOK_FILE)
+        )
+        found = PCDVQCheckpointConfig.parse(read_quantization_config(config_file.parent))
+        codebooks = load_codebooks(codebook_file, found)
     if found != config:
         raise CheckpointError(
             f"the quantization_config of {model} is not the one this server was started with: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,6 +59,10 @@ class Codebook:
 
         Row `magnitude * rows + row` belongs to a code whose fields select `row` and `magnitude`.
         """
+        return self._codewords
+
+    @cached_property
+    def _codewords(self) -> Tensor:
         return self._levels().flatten(0, 1).to(torch.int8)
 
     def codeword_index(self, codes: Tensor) -> Tensor:

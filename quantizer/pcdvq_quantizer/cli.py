@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -304,6 +306,57 @@ def _finetune(checkpoint: Path, out: Path, options: FinetuneOptions, overwrite: 
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="PCDVQ checkpoint, or a model as for `quantize`.")],
+    bits: Annotated[float, typer.Option(help="As for `quantize`.")] = 4.0,
+    codec: Annotated[Codec, typer.Option(help="As for `quantize`.")] = Codec.trellis,
+    calibration: Annotated[str, typer.Option(help="As for `quantize`.")] = "self",
+) -> None:
+    """Serve MODEL with vLLM, quantized first if it is not yet; other options go to `vllm serve`."""
+    from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+    from pcdvq_quantizer.run import quantize_model
+    from pcdvq_quantizer.serving import (
+        cached_checkpoint,
+        is_checkpoint,
+        vllm_command,
+        vllm_environment,
+    )
+
+    checkpoint = model
+    if not is_checkpoint(model):
+        options = QuantizeOptions(bits=bits, codec=codec.value, calibration=calibration)
+        with console.status(f"Opening {model}"):
+            plan = make_plan(model, options)
+        checkpoint = str(cached_checkpoint(plan))
+        if not is_checkpoint(checkpoint):
+            with Bars(console) as bars:
+                quantize_model(plan, Path(checkpoint), progress=bars)
+    command = vllm_command(checkpoint, context.args)
+    console.print(shlex.join(command), highlight=False, soft_wrap=True)
+    try:
+        os.execvpe(command[0], command, vllm_environment())
+    except FileNotFoundError:
+        raise PCDVQError("the command vllm is not installed; `pcdvq doctor` says more") from None
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation and say what to do about what is wrong."""
+    from rich.table import Table
+
+    from pcdvq_quantizer.doctor import examine
+
+    findings = examine()
+    table = Table("", "found", "remedy")
+    for finding in findings:
+        table.add_row(finding.check, finding.found, finding.remedy or "-")
+    console.print(table)
+    if any(finding.fatal for finding in findings):
+        raise typer.Exit(1)
 
 
 def main() -> None:

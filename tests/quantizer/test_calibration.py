@@ -114,16 +114,24 @@ def test_target_makes_up_for_wrong_inputs_and_residuals() -> None:
     original = x + x @ noise
     drift = x @ torch.randn(64, 40, generator=torch.Generator().manual_seed(6)) * 0.3
     half = len(x) // 2
-    with_drift = Inputs(original[:half], x[:half], drift[:half])
-    weights, _, _, dense = stage_result("signed", [40], InputStatistics.gather([with_drift]))
     ignoring = InputStatistics.gather([Inputs(x[:half], x[:half])])
-    _, _, _, blind = stage_result("signed", [40], ignoring)
-    wanted = original[half:] @ weights[0].T + drift[half:]
+    weights, _, _, blind = stage_result("signed", [40], ignoring)
+    wanted = original @ weights[0].T + drift
+    lack = wanted[:half] - x[:half] @ weights[0].T
+    seeing = InputStatistics.gather([Inputs(original[:half], x[:half], lack)])
+    _, _, _, dense = stage_result("signed", [40], seeing)
 
     def error(weight: torch.Tensor) -> float:
-        return (x[half:] @ weight.T - wanted).square().mean().item()
+        return (x[half:] @ weight.T - wanted[half:]).square().mean().item()
 
     assert error(dense[0]) < 0.8 * error(blind[0])
+    # Without a drift, what the output lacks follows from the inputs.
+    lack = (original[:half] - x[:half]) @ weights[0].T
+    both = [Inputs(original[:half], x[:half], each) for each in (lack, None)]
+    (_, _, _, by_output), (_, _, _, by_input) = (
+        stage_result("signed", [40], InputStatistics.gather([each])) for each in both
+    )
+    assert error(by_output[0]) == pytest.approx(error(by_input[0]), rel=0.02)
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
@@ -142,12 +150,15 @@ def test_degenerate_statistics(tokens: int) -> None:
 def test_rotated_statistics_are_those_of_rotated_inputs() -> None:
     x, y = correlated(64), correlated(64, seed=1)
     signs = input_signs(64, 0)
-    rotated = InputStatistics.gather([Inputs(y, x, y)]).rotated(signs, 32)
     rx, ry = block_hadamard(x * signs, 32), block_hadamard(y * signs, 32)
-    direct = InputStatistics.gather([Inputs(ry, rx, y)])
-    torch.testing.assert_close(rotated.hessian, direct.hessian, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(rotated.cross, direct.cross, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(rotated.drift, direct.drift, rtol=1e-4, atol=1e-4)
+    for lack in (None, y):
+        rotated = InputStatistics.gather([Inputs(y, x, lack)]).rotated(signs, 32)
+        direct = InputStatistics.gather([Inputs(ry, rx, lack)])
+        for name in ("hessian", "cross", "lack"):
+            values = getattr(rotated, name), getattr(direct, name)
+            torch.testing.assert_close(*values, rtol=1e-4, atol=1e-4)
+    square = rx.double().T @ rx.double() / len(rx)
+    torch.testing.assert_close(rotated.hessian, square, rtol=1e-4, atol=1e-4)
 
 
 STAGES = {

@@ -15,8 +15,9 @@ from openai import BadRequestError, OpenAI
 from pcdvq_kernels import reference
 from pcdvq_kernels.checkpoint import open_checkpoint
 from safetensors.torch import load_file
-from server import ServerError, log_tail, running_server
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from server import ServerError, log_tail, running_server
 
 BITS = "4"
 PROMPTS = [

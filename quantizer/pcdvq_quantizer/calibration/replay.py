@@ -62,7 +62,7 @@ def run_original(
     with _Trace(layer, linears) as trace:
         for sequence in hidden:
             outputs.append(forward_layer(layer, call, sequence))
-            found = trace.stages(sequence, outputs[-1])
+            found = trace.stages(sequence, outputs[-1], stages)
             if not stages:
                 stages = found
                 continue
@@ -109,8 +109,11 @@ class _Trace:
     def _child_hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._child_inputs += [arg for arg in args[:1] if isinstance(arg, Tensor)]
 
-    def stages(self, sequence: Tensor, output: Tensor) -> list[Stage]:
-        """Stages of the forward pass just made, from `sequence` [T, H] to `output` [1, T, H]."""
+    def stages(self, sequence: Tensor, output: Tensor, known: list[Stage]) -> list[Stage]:
+        """Stages of the forward pass just made, from `sequence` [T, H] to `output` [1, T, H].
+
+        Which of them add to the residual stream is looked up in those `known`, if any.
+        """
         groups: list[tuple[list[str], Tensor, Tensor]] = []
         for name, x, y in self._seen:
             if groups and x is groups[-1][1]:
@@ -120,12 +123,16 @@ class _Trace:
         # The residual stream is seen wherever the layer norms it, and at the layer's end.
         states = [*self._child_inputs, output]
         stages, stream = [], sequence[None]
-        for names, x, y in groups:
+        for number, (names, x, y) in enumerate(groups):
             stage = Stage(tuple(names), [x.flatten(0, -2)])
-            after = stream + y if len(names) == 1 and y.shape == stream.shape else None
-            if after is not None and any(_equal(after, state) for state in states):
+            may_add = len(names) == 1 and y.shape == stream.shape
+            if may_add and known:
+                adds = number < len(known) and known[number].residual is not None
+            else:
+                adds = may_add and any(_equal(stream + y, state) for state in states)
+            if adds:
                 stage.residual = [stream[0]]
-                stream = after
+                stream = stream + y
             stages.append(stage)
         self._seen.clear()
         self._child_inputs.clear()

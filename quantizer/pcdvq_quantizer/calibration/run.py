@@ -175,12 +175,14 @@ class _Calibration:
 
 
 def _pairs(stage: Stage, replay: Replay, number: int) -> Iterator[Inputs]:
-    """Inputs of `stage`, the one of this number, in both models."""
+    """Inputs of `stage`, the one of this number, in both models; its linears are the original's."""
+    weight = replay.layer.get_parameter(f"{stage.linears[0]}.weight")
     for sequence, x in enumerate(replay.inputs(number)):
-        drift = None
+        original, lack = stage.inputs[sequence], None
         if stage.residual is not None:
             drift = stage.residual[sequence] - replay.residual[sequence]
-        yield Inputs(stage.inputs[sequence], x, drift)
+            lack = drift.addmm(original - x, weight.T)
+        yield Inputs(original, x, lack)
 
 
 def _check_finite(values: Tensor, what: str) -> None:

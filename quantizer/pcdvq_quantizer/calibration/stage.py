@@ -99,11 +99,12 @@ def damped_feedback(moments: InputStatistics, vector_dim: int) -> tuple[Tensor, 
 
 
 def _asymmetric_target(original: Tensor, moments: InputStatistics) -> Tensor:
-    """W* of `quantize_stage`, fp32 [N, K], for `original` [N, K]."""
+    """W* of `quantize_stage`, fp32 [N, K], for `original` [N, K].
+
+    `moments.lack` is W E[(x_original - x) x^T] + E[r x^T] in one.
+    """
     hessian = _damped(moments.hessian, TARGET_DAMPING)
-    right = original.double() @ moments.cross
-    if moments.drift is not None:
-        right += moments.drift
+    right = original.double() @ moments.cross if moments.lack is None else moments.lack
     factor = torch.linalg.cholesky(hessian)
     return original + torch.cholesky_solve(right.T, factor).T.float()
 

@@ -10,6 +10,7 @@ from pcdvq_kernels.hadamard import block_hadamard
 from torch import Tensor
 
 FP32_SEQUENCES = 8
+BLOCKS = 4  # of a symmetric product, of which only those on and below the diagonal are computed
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class Inputs:
     Attributes:
         original: fp32 [T, K], in the original model.
         quantized: fp32 [T, K], in the model quantized so far.
-        drift: fp32 [T, H], the residual stream that the stage adds to: original minus quantized.
-            None where it adds to none.
+        lack: fp32 [T, N], what the output of a stage of one linear lacks of the wanted one, with
+            the linear's original weight. None: what the original model's inputs would change.
     """
 
     original: Tensor
     quantized: Tensor
-    drift: Tensor | None = None
+    lack: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -34,30 +35,32 @@ class InputStatistics:
 
     Attributes:
         hessian: fp64 [K, K], mean of x x^T.
-        cross: fp64 [K, K], mean of (x_original - x) x^T.
-        drift: fp64 [H, K], mean of (residual_original - residual) x^T, or None.
+        cross: fp64 [K, K], mean of (x_original - x) x^T; empty where `lack` is given.
+        lack: fp64 [N, K], mean of `Inputs.lack` x^T, or None.
         tokens: how many inputs.
     """
 
     hessian: Tensor
     cross: Tensor
-    drift: Tensor | None
+    lack: Tensor | None
     tokens: int
 
     @classmethod
     def gather(cls, inputs: Iterable[Inputs]) -> InputStatistics:
         """Accumulate the moments of `inputs`; they are on the CPU."""
-        hessian, cross, drift = _Product(), _Product(), _Product()
+        hessian, cross, lack = _Product(), _Product(), _Product()
         tokens = 0
         for each in inputs:
             x = each.quantized
-            hessian.add(x, x)
-            cross.add(each.original - x, x)
-            if each.drift is not None:
-                drift.add(each.drift, x)
+            hessian.add_square(x)
+            if each.lack is None:
+                cross.add(each.original - x, x)
+            else:
+                lack.add(each.lack, x)
             tokens += len(x)
-        residual = drift.mean(tokens) if drift.parts else None
-        return cls(hessian.mean(tokens), cross.mean(tokens), residual, tokens)
+        square = hessian.mean(tokens)
+        square = square.tril() + square.tril(-1).T
+        return cls(square, cross.mean(tokens), lack.mean(tokens) if lack.parts else None, tokens)
 
     def rotated(self, signs: Tensor, block: int) -> InputStatistics:
         """Moments of H S x (FORMAT.md) in place of x; signs fp32 [K]."""
@@ -71,8 +74,9 @@ class InputStatistics:
         def both(moment: Tensor) -> Tensor:
             return columns(columns(moment).T.contiguous()).T.contiguous()
 
-        drift = None if self.drift is None else columns(self.drift)
-        return InputStatistics(both(self.hessian), both(self.cross), drift, self.tokens)
+        cross = both(self.cross) if self.cross.numel() else self.cross
+        lack = None if self.lack is None else columns(self.lack)
+        return InputStatistics(both(self.hessian), cross, lack, self.tokens)
 
 
 class _Product:
@@ -81,15 +85,28 @@ class _Product:
     def __init__(self) -> None:
         self.parts = 0
         self._part = torch.empty(0)
-        self._total = torch.zeros((), dtype=torch.float64)
+        self._total = torch.zeros(0, dtype=torch.float64)
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add a^T b; a fp32 [T, M], b fp32 [T, K]."""
+        self._begin(a.shape[1], b).addmm_(a.T, b)
+
+    def add_square(self, x: Tensor) -> None:
+        """Add the lower triangle of x^T x, x fp32 [T, K]; what is above it is not to be used."""
+        size = x.shape[1]
+        part = self._begin(size, x)
+        rows = -(-size // BLOCKS)
+        for start in range(0, size, rows):
+            end = min(start + rows, size)
+            part[start:end, :end].addmm_(x[:, start:end].T, x[:, :end])
+
+    def _begin(self, rows: int, b: Tensor) -> Tensor:
+        """The fp32 sum [rows, K] that a product with b [T, K] is added to."""
         if self.parts % FP32_SEQUENCES == 0:
             self._flush()
-            self._part = torch.zeros(a.shape[1], b.shape[1], device=a.device)
-        self._part.addmm_(a.T, b)
+            self._part = torch.zeros(rows, b.shape[1], device=b.device)
         self.parts += 1
+        return self._part
 
     def mean(self, tokens: int) -> Tensor:
         """The sum over `tokens`, fp64 [M, K]."""
@@ -98,5 +115,6 @@ class _Product:
 
     def _flush(self) -> None:
         if self._part.numel():
-            self._total = self._total + self._part.cpu().double()
+            part = self._part.cpu().double()
+            self._total = self._total + part if self._total.numel() else part
         self._part = torch.empty(0)

@@ -17,6 +17,7 @@ from pcdvq_kernels.errors import PCDVQError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pcdvq_quantizer.cache import cache_directory
 from pcdvq_quantizer.codebooks.e8 import make_e8_tables
 from pcdvq_quantizer.encode import Encoder
 
@@ -139,8 +140,7 @@ def _int8() -> NamedCodebook:
 
 
 def _e8_path(id: str) -> Path:
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache_home / "pcdvq" / f"{id}-v1.safetensors"
+    return cache_directory() / f"{id}-v1.safetensors"
 
 
 def _cached_e8(id: str, direction_bits: int) -> NamedCodebook:

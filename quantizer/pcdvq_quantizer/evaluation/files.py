@@ -93,12 +93,12 @@ def find_reference(files: ModelFiles, reference: str | None) -> ModelFiles:
     name = read_json(report).get("model") if files.is_pcdvq and report.is_file() else None
     if not isinstance(name, str):
         raise PCDVQError(
-            f"kl compares {files.name} with its original; name that with --reference MODEL"
+            f"the original of {files.name} is not known; name it with --reference MODEL"
         )
     try:
         return ModelFiles.find(name)
     except PCDVQError as error:
         raise PCDVQError(
-            f"kl compares {files.name} with its original, {name} by its report, which cannot be "
+            f"the original of {files.name} is {name} by its report, which cannot be "
             f"opened; name it with --reference MODEL ({error})"
         ) from error

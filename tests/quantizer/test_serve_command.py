@@ -1,0 +1,102 @@
+"""`pcdvq serve`: what it hands to `vllm serve`, and when it quantizes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from pcdvq_kernels.checkpoint import open_checkpoint
+from pcdvq_quantizer import cli, serving
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner, Result
+
+
+class Started(Exception):
+    """Stands for vLLM: this process would be it from here on."""
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[list[str], dict]]:
+    made: list[tuple[list[str], dict]] = []
+
+    def start(file: str, command: list[str], environment: dict[str, str]) -> None:
+        made.append((command, environment))
+        raise Started
+
+    monkeypatch.setattr(os, "execvpe", start)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    return made
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def serve(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, ["serve", *map(str, arguments)])
+
+
+def test_quantizes_once_and_passes_options_on(model: Path, calls: list) -> None:
+    options = ("--bits", "2", "--calibration", "none", "--port", "9", "--enforce-eager")
+    assert isinstance(serve(model, *options).exception, Started)
+    assert isinstance(serve(model, *options).exception, Started)
+    (command, environment), (again, _) = calls
+    assert command == again
+    assert Path(command[0]).name == "vllm"
+    assert command[1] == "serve"
+    assert command[3:] == ["--quantization", "pcdvq", "--port", "9", "--enforce-eager"]
+    assert len(environment["VLLM_CPU_OMP_THREADS_BIND"].split(",")) == len(os.sched_getaffinity(0))
+    layers = open_checkpoint(Path(command[2])).layers.values()
+    assert {layer.codebook for layer in layers} == {"trellis-2"}
+
+    assert isinstance(serve(model, "--bits", "3", "--calibration", "none").exception, Started)
+    assert calls[2][0][2] != command[2]
+
+
+def test_checkpoint_is_served_as_it_is(
+    model: Path, calls: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["quantize", str(model), str(out), "--bits", "2", "--calibration", "none"]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "1")
+    assert isinstance(serve(out).exception, Started)
+    command, environment = calls[0]
+    assert command[2] == str(out)
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "1"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_checkpoint_of_the_hub_is_served_as_it_is(
+    calls: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"quantization_config": {"quant_method": "pcdvq"}}')
+    asked = []
+    monkeypatch.setattr(serving, "hf_hub_download", lambda *what: asked.append(what) or config)
+    assert isinstance(serve("someone/model").exception, Started)
+    assert asked == [("someone/model", "config.json")]
+    assert calls[0][0][2] == "someone/model"
+
+
+def test_without_vllm(model: Path, monkeypatch: pytest.MonkeyPatch, calls: list) -> None:
+    def missing(*arguments: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "execvpe", missing)
+    result = serve(model, "--calibration", "none")
+    assert "pcdvq doctor" in str(result.exception)

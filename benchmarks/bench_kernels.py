@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import roofline
 import torch
 from pcdvq_kernels import cpu, reference
 from pcdvq_kernels.arguments import ACTIVATIONS
@@ -29,6 +28,8 @@ from pcdvq_kernels.hadamard import choose_block
 from pcdvq_kernels.ops import Layout
 from pcdvq_quantizer.codebooks import OFFERED, get_codebook
 from torch import Tensor
+
+import roofline
 
 # Root mean square of the error over that of the outputs.
 TOLERANCE = {"int8": 1e-2, "int16": 1e-4, "float": 1e-5}

@@ -12,9 +12,8 @@ namespace pcdvq {
 namespace {
 
 const Kernels kKernels = {
-    Vec::kLanes, find_decoder, rotate,     order_floats,   quantize_int8, quantize_int16, to_floats,
-    to_int16,    accumulate,   accumulate_int, reduce,        reduce_int,     nearest,
-    trellis,
+    Vec::kLanes, find_decoder, rotate, order_floats, quantize_int8, quantize_int16, to_floats,
+    to_int16, accumulate, accumulate_int, reduce, reduce_int, nearest, trellis,
 };
 
 }  // namespace

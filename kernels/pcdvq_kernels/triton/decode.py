@@ -1,0 +1,210 @@
+"""Device functions that turn prepacked words (`format`) into int8 tensor-core operands.
+
+A tensor [R, 8, 4] holds one word per lane for R tiles: lane 4 r + t has element [:, r, t]. All is
+arithmetic inside a lane. `ASM` chooses single instructions of NVIDIA GPUs where the plain expression
+beside them compiles to several.
+
+Signs cost no carries: the table holds ~level. An exclusive or with the mask m, all ones where the
+level is positive, gives level or -level - 1; adding m + 1 would give level or -level. So a product
+with x is dot(words, x) + dot(masks, x) + sum(x), and the last term does not depend on the weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def unstack(x, WORDS: tl.constexpr):
+    """[R, 8, 4, WORDS] to WORDS tensors [R, 8, 4]; WORDS is a power of two up to 32."""
+    R: tl.constexpr = x.shape[0]
+    parts = (x,)
+    for _ in tl.static_range(5):
+        if len(parts) < WORDS:
+            low = ()
+            high = ()
+            for k in tl.static_range(len(parts)):
+                even, odd = tl.split(tl.reshape(parts[k], [R, 8, 4, WORDS // len(parts) // 2, 2]))
+                low = low + (even,)
+                high = high + (odd,)
+            parts = low + high
+    words = ()
+    for k in tl.static_range(WORDS):
+        words = words + (tl.reshape(parts[k], [R, 8, 4]),)
+    return words
+
+
+@triton.jit
+def load_words(pointer, R: tl.constexpr, row_stride, WORDS: tl.constexpr):
+    """The words of a plane that each lane has of R tiles: uint32 [R, 8, 4] each."""
+    tile = tl.arange(0, R)[:, None, None, None] * row_stride
+    lane = tl.arange(0, 8)[None, :, None, None] * 4 + tl.arange(0, 4)[None, None, :, None]
+    word = tl.arange(0, WORDS)[None, None, None, :]
+    words = tl.load(pointer + tile + lane * WORDS + word)
+    return unstack(words.to(tl.uint32, bitcast=True), WORDS)
+
+
+@triton.jit
+def load_words_above(pointer, R: tl.constexpr, row_stride, WORDS: tl.constexpr):
+    """`load_words` of the lane whose last row is above a lane's first, 0 where a segment starts."""
+    tile = tl.arange(0, R)[:, None, None, None] * row_stride
+    r = tl.arange(0, 8)[None, :, None, None]
+    lane = (r - 1) * 4 + tl.arange(0, 4)[None, None, :, None]
+    word = tl.arange(0, WORDS)[None, None, None, :]
+    words = tl.load(pointer + tile + lane * WORDS + word, mask=(r % 4 != 0), other=0)
+    return unstack(words.to(tl.uint32, bitcast=True), WORDS)
+
+
+@triton.jit
+def as_int8(words):
+    """uint32 [N, W] to int8 [N, 4 W], byte j of word w at 4 w + j; moves nothing on a GPU."""
+    N: tl.constexpr = words.shape[0]
+    W: tl.constexpr = words.shape[1]
+    even = tl.join(words.to(tl.int8), (words >> 16).to(tl.int8))
+    odd = tl.join((words >> 8).to(tl.int8), (words >> 24).to(tl.int8))
+    return tl.reshape(tl.join(even, odd), [N, 4 * W])
+
+
+@triton.jit
+def operand(words):
+    """16 tensors uint32 [R, 8, 4], ordered (i, b & 1, h), to int8 [32 R, 64].
+
+    Row 32 R' + 8 i + r is row 4 r + i of tile R'; column 32 (b & 1) + 16 h + 4 t + j is column
+    32 b + 8 t + 4 h + j of the tile.
+    """
+    parts = words
+    for level in tl.static_range(4):
+        joined = ()
+        for k in tl.static_range(8 >> level):
+            joined = joined + (tl.join(parts[k], parts[k + (8 >> level)]),)
+        parts = joined
+    R: tl.constexpr = words[0].shape[0]
+    stacked = tl.reshape(parts[0], [R, 8, 4, 4, 2, 2])  # [R, r, t, i, b, h]
+    return as_int8(tl.reshape(tl.permute(stacked, [0, 3, 1, 4, 5, 2]), [R * 32, 16]))
+
+
+@triton.jit
+def byte_mask(word, bit: tl.constexpr, ASM: tl.constexpr):
+    """All ones in the bytes of `word` that have bit `bit` set."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0xba98;",
+            "=r,r",
+            [word << (7 - bit)],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    return ((word >> bit) & 0x01010101) * 255
+
+
+@triton.jit
+def byte_pair(low, high, i: tl.constexpr, ASM: tl.constexpr):
+    """Byte i of `low` and above it byte i of `high`, whose bytes are below 128."""
+    if ASM:
+        SELECTOR: tl.constexpr = 0xCC40 + 0x11 * i
+        selector = tl.full(low.shape, SELECTOR, tl.uint32)
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [low, high, selector],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    return ((low >> (8 * i)) & 255) | (((high >> (8 * i)) & 255) << 8)
+
+
+@triton.jit
+def fold(word):
+    """Exclusive or of the four bytes of `word`, in its lowest byte."""
+    word ^= word >> 16
+    return word ^ (word >> 8)
+
+
+@triton.jit
+def spread(word, first: tl.constexpr):
+    """Bits `first` to `first + 3` of `word` to the lowest bits of the four bytes."""
+    return (((word >> first) & 15) * 0x204081) & 0x01010101
+
+
+@triton.jit
+def high_bytes(index, above, extra, position: tl.constexpr, FMT: tl.constexpr):
+    """Bytes above the index bytes, without parity: state and bits of the first extra plane.
+
+    `above` are the index words of the lane above, `extra` the word with the bits of `index` at
+    bits `position` of its bytes; either is 0 where the format has none.
+    """
+    PARITY: tl.constexpr = FMT.parity
+    STATE: tl.constexpr = FMT.state_bits
+    WIDTH: tl.constexpr = FMT.extra_width
+    high = index * 0
+    if STATE > 0:
+        # The top bits of a byte's predecessor; that of byte 0 is byte 3 of the lane above.
+        SHIFT: tl.constexpr = STATE + PARITY
+        MASK: tl.constexpr = (((1 << STATE) - 1) << PARITY) * 0x01010101
+        high = ((index << SHIFT) | (above >> (32 - SHIFT))) & MASK
+    if WIDTH > 0:
+        BELOW: tl.constexpr = PARITY + STATE
+        BITS: tl.constexpr = (((1 << WIDTH) - 1) << BELOW) * 0x01010101
+        if position >= BELOW:
+            high |= (extra >> (position - BELOW)) & BITS
+        else:
+            high |= (extra << (BELOW - position)) & BITS
+    return high
+
+
+@triton.jit
+def half_operands(signs, index, high, top, table, HALF: tl.constexpr, FMT: tl.constexpr, ASM):
+    """The operands of one half of a tile's columns, b = 2 HALF and 2 HALF + 1.
+
+    Args:
+        signs: the tile's sign words, index 2 (b >> 1) + h; () without signs.
+        index: its index words, per b (and h).
+        high: `high_bytes` of each.
+        top: words of the second extra plane; () without.
+        table: pointer, int64 entries for groups of 8 and int32 for groups of 4.
+
+    Returns:
+        Two tuples of uint32 [R, 8, 4], ordered (i, b & 1, h): levels before the correction of
+        signs, and masks (the levels again without signs).
+    """
+    GROUP8: tl.constexpr = FMT.vector_dim == 8
+    SIGNS: tl.constexpr = FMT.signs
+    PARITY: tl.constexpr = FMT.parity
+    WIDE: tl.constexpr = FMT.extra_width == 8
+    TOP: tl.constexpr = FMT.top_width
+    PER_B: tl.constexpr = 1 if GROUP8 else 2
+    odd = ()  # folded signs whose parity belongs to an index word
+    if PARITY:
+        if GROUP8:
+            odd = (fold(signs[2 * HALF] ^ signs[2 * HALF + 1]),)
+        else:
+            odd = (fold(signs[2 * HALF]), fold(signs[2 * HALF + 1]))
+    levels = ()
+    masks = ()
+    for i in tl.static_range(4):
+        for b in tl.static_range(2):
+            for h in tl.static_range(PER_B):
+                low = index[(2 * HALF + b) * PER_B + h]
+                above = high[(2 * HALF + b) * PER_B + h]
+                if PARITY:
+                    above |= spread(odd[h], 4 * b)
+                row = byte_pair(low, above, i, ASM and not WIDE)
+                if TOP > 0:
+                    shift = 8 * i + TOP * ((2 * HALF + b) * PER_B + h)
+                    row |= ((top[0] >> shift) & ((1 << TOP) - 1)) << 16
+                entry = tl.load(table + row)
+                levels = levels + (entry.to(tl.uint32),)
+                if GROUP8:
+                    levels = levels + ((entry >> 32).to(tl.uint32),)
+            if SIGNS:
+                for h in tl.static_range(2):
+                    masks = masks + (byte_mask(signs[2 * HALF + h], i + 4 * b, ASM),)
+    if not SIGNS:
+        return levels, levels
+    signed = ()
+    for k in tl.static_range(16):
+        signed = signed + (levels[k] ^ masks[k],)
+    return signed, masks

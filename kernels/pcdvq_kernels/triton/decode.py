@@ -17,10 +17,10 @@ import triton.language as tl
 
 @triton.jit
 def unstack(x, WORDS: tl.constexpr):
-    """[R, 8, 4, WORDS] to WORDS tensors [R, 8, 4]; WORDS is a power of two up to 32."""
+    """[R, 8, 4, WORDS] to WORDS tensors [R, 8, 4]; WORDS is 1, 2 or 4."""
     R: tl.constexpr = x.shape[0]
     parts = (x,)
-    for _ in tl.static_range(5):
+    for _ in tl.static_range(2):
         if len(parts) < WORDS:
             low = ()
             high = ()
@@ -36,24 +36,29 @@ def unstack(x, WORDS: tl.constexpr):
 
 
 @triton.jit
-def load_words(pointer, R: tl.constexpr, row_stride, WORDS: tl.constexpr):
-    """The words of a plane that each lane has of R tiles: uint32 [R, 8, 4] each."""
-    tile = tl.arange(0, R)[:, None, None, None] * row_stride
-    lane = tl.arange(0, 8)[None, :, None, None] * 4 + tl.arange(0, 4)[None, None, :, None]
-    word = tl.arange(0, WORDS)[None, None, None, :]
-    words = tl.load(pointer + tile + lane * WORDS + word)
-    return unstack(words.to(tl.uint32, bitcast=True), WORDS)
+def load_words(
+    pointer, tile, row_stride, R: tl.constexpr, WORDS: tl.constexpr, ABOVE: tl.constexpr = False
+):
+    """The words of a plane that each lane has of tile `tile` of R rows of tiles.
 
+    With ABOVE those of the lane that has the row above, 0 where a segment starts.
 
-@triton.jit
-def load_words_above(pointer, R: tl.constexpr, row_stride, WORDS: tl.constexpr):
-    """`load_words` of the lane whose last row is above a lane's first, 0 where a segment starts."""
-    tile = tl.arange(0, R)[:, None, None, None] * row_stride
+    Returns:
+        WORDS tensors uint32 [R, 8, 4].
+    """
+    LOAD: tl.constexpr = WORDS if WORDS < 4 else 4
     r = tl.arange(0, 8)[None, :, None, None]
-    lane = (r - 1) * 4 + tl.arange(0, 4)[None, None, :, None]
-    word = tl.arange(0, WORDS)[None, None, None, :]
-    words = tl.load(pointer + tile + lane * WORDS + word, mask=(r % 4 != 0), other=0)
-    return unstack(words.to(tl.uint32, bitcast=True), WORDS)
+    lane = (r - ABOVE) * 4 + tl.arange(0, 4)[None, None, :, None]
+    pointer += tl.arange(0, R)[:, None, None, None] * row_stride + lane * LOAD
+    pointer += tile * (32 * WORDS) + tl.arange(0, LOAD)[None, None, None, :]
+    words = ()
+    for part in tl.static_range(WORDS // LOAD):
+        if ABOVE:
+            loaded = tl.load(pointer + part * 32 * LOAD, mask=(r % 4 != 0), other=0)
+        else:
+            loaded = tl.load(pointer + part * 32 * LOAD)
+        words = words + unstack(loaded.to(tl.uint32, bitcast=True), LOAD)
+    return words
 
 
 @triton.jit
@@ -101,7 +106,7 @@ def byte_mask(word, bit: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def byte_pair(low, high, i: tl.constexpr, ASM: tl.constexpr):
-    """Byte i of `low` and above it byte i of `high`, whose bytes are below 128."""
+    """Byte i of `low` and above it byte i of `high`; bits above those are 0 if that is below 128."""
     if ASM:
         SELECTOR: tl.constexpr = 0xCC40 + 0x11 * i
         selector = tl.full(low.shape, SELECTOR, tl.uint32)
@@ -191,7 +196,9 @@ def half_operands(signs, index, high, top, table, HALF: tl.constexpr, FMT: tl.co
                 above = high[(2 * HALF + b) * PER_B + h]
                 if PARITY:
                     above |= spread(odd[h], 4 * b)
-                row = byte_pair(low, above, i, ASM and not WIDE)
+                row = byte_pair(low, above, i, ASM)
+                if WIDE:
+                    row &= 0xFFFF
                 if TOP > 0:
                     shift = 8 * i + TOP * ((2 * HALF + b) * PER_B + h)
                     row |= ((top[0] >> shift) & ((1 << TOP) - 1)) << 16
@@ -202,9 +209,10 @@ def half_operands(signs, index, high, top, table, HALF: tl.constexpr, FMT: tl.co
             if SIGNS:
                 for h in tl.static_range(2):
                     masks = masks + (byte_mask(signs[2 * HALF + h], i + 4 * b, ASM),)
-    if not SIGNS:
+    if SIGNS:
+        signed = ()
+        for k in tl.static_range(16):
+            signed = signed + (levels[k] ^ masks[k],)
+        return signed, masks
+    else:
         return levels, levels
-    signed = ()
-    for k in tl.static_range(16):
-        signed = signed + (levels[k] ^ masks[k],)
-    return signed, masks

@@ -6,7 +6,8 @@ t < 4) owns rows 4 r + i (i < 4) of a tile, and of each the runs of 8 columns 32
 K index 16 h + 4 t + j means column 8 t + 4 h + j, so codes become operands without crossing lanes.
 Four consecutive rows lie in one lane because the trellis codec needs the code of the row above.
 
-The words of a row of tiles are planes, one after another, each int32 [tiles, 32 lanes, words]:
+The words of a row of tiles are planes, one after another, each int32 [tiles, 32 lanes, words], or
+[tiles, words / 4, 32 lanes, 4] with more than 4 words to a lane, so that a load is 16 bytes:
 
     signs   4 words, index 2 (b >> 1) + h: bit 8 j + c, c = i + 4 (b & 1), is set where the level is
             positive; no such plane where codes have no signs

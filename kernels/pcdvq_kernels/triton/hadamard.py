@@ -21,7 +21,7 @@ class QuantizedActivations:
     Attributes:
         values: int32 [padded tokens, tiles, 4, 8], four int8 each: [t][b][h][j] of `format`.
         scales: fp32 [2, tiles, padded tokens]: scales, and scale times sum of values.
-        tokens: M; rows past them are not written.
+        tokens: M; the rows past them are 0.
     """
 
     values: Tensor
@@ -69,6 +69,7 @@ def rotate_quantize_kernel(
     signs,
     out,
     scales,
+    M,
     K,
     tiles,
     padded,
@@ -79,7 +80,7 @@ def rotate_quantize_kernel(
     """`QuantizedActivations`; program (m, c) has COLUMNS columns, a multiple of BLOCK and 128."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < K
+    inside = (columns < K) & (token < M)
     values = tl.load(x + token * K + columns, mask=inside, other=0.0).to(tl.float32)
     values = hadamard(negate(values, signs, columns, inside), BLOCK, LOG)
     values = tl.reshape(values, [COLUMNS // 128, 128])
@@ -141,11 +142,12 @@ def rotate_quantize(
     values = torch.empty((padded, tiles, 4, 8), dtype=torch.int32, device=x.device)
     scales = torch.empty((2, tiles, padded), device=x.device)
     columns = max(block, TILE_COLUMNS)
-    rotate_quantize_kernel[m, -(-k // columns)](
+    rotate_quantize_kernel[padded, -(-k // columns)](
         x,
         signs_in,
         values.view(torch.int8),
         scales,
+        m,
         k,
         tiles,
         padded,

@@ -14,7 +14,6 @@ from pcdvq_kernels.triton.decode import (
     half_operands,
     high_bytes,
     load_words,
-    load_words_above,
     operand,
 )
 from pcdvq_kernels.triton.format import LANES, Format
@@ -32,23 +31,24 @@ def load_tile(words, tile, tiles, R: tl.constexpr, FMT: tl.constexpr):
     WIDTH: tl.constexpr = FMT.extra_width
     EXTRA_WORDS: tl.constexpr = INDEX_WORDS * WIDTH // 8
     TOP: tl.constexpr = FMT.top_width
+    TOP_WORDS: tl.constexpr = INDEX_WORDS * TOP // 8
     stride = tiles * LINE
     signs = ()
     if SIGN_WORDS > 0:
-        signs = load_words(words + tile * 32 * SIGN_WORDS, R, stride, SIGN_WORDS)
-    plane = words + tiles * 32 * SIGN_WORDS
-    index = load_words(plane + tile * 32 * INDEX_WORDS, R, stride, INDEX_WORDS)
+        signs = load_words(words, tile, stride, R, SIGN_WORDS)
+    words += tiles * (32 * SIGN_WORDS)
+    index = load_words(words, tile, stride, R, INDEX_WORDS)
     above = index
     if STATE > 0:
-        above = load_words_above(plane + tile * 32 * INDEX_WORDS, R, stride, INDEX_WORDS)
-    plane += tiles * 32 * INDEX_WORDS
+        above = load_words(words, tile, stride, R, INDEX_WORDS, ABOVE=True)
+    words += tiles * (32 * INDEX_WORDS)
     extra = index
     if WIDTH > 0:
-        extra = load_words(plane + tile * 32 * EXTRA_WORDS, R, stride, EXTRA_WORDS)
-        plane += tiles * 32 * EXTRA_WORDS
+        extra = load_words(words, tile, stride, R, EXTRA_WORDS)
+    words += tiles * (32 * EXTRA_WORDS)
     top = ()
     if TOP > 0:
-        top = load_words(plane + tile * 32 * (INDEX_WORDS * TOP // 8), R, stride, 1)
+        top = load_words(words, tile, stride, R, TOP_WORDS)
     PACKED: tl.constexpr = 8 // WIDTH if WIDTH > 0 else 1
     high = ()
     for k in tl.static_range(INDEX_WORDS):
@@ -65,7 +65,7 @@ def tile_products(words, table, x, tile, tiles, product, R: tl.constexpr, FMT: t
     SIGNS: tl.constexpr = FMT.signs
     M: tl.constexpr = x.shape[0]
     if STORED:
-        stored = load_words(words + tile * 1024, R, tiles * 1024, 32)
+        stored = load_words(words, tile, tiles * 1024, R, 32)
     else:
         signs, index, high, top = load_tile(words, tile, tiles, R, FMT)
     for half in tl.static_range(2):
@@ -114,7 +114,7 @@ def accumulate(
     scales += tokens
     acc = tl.zeros([32 * R, M], tl.float32)
     shift = tl.zeros([M], tl.float32)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=1):
         product = tl.zeros([32 * R, M], tl.int32)
         product = tile_products(words, table, x + tile * 32, tile, tiles, product, R, FMT, ASM)
         acc += product.to(tl.float32) * tl.load(scales + tile * padded)[None, :]

@@ -133,5 +133,13 @@ def _level_plane(levels: Tensor) -> Tensor:
 
 def _words(planes: list[Tensor]) -> Tensor:
     """Planes of unsigned 32-bit values in int64 to int32 [row tiles, words]."""
-    line = torch.cat([plane.reshape(plane.shape[0], -1, LANES).flatten(1) for plane in planes], 1)
+    line = torch.cat([_in_fours(plane).flatten(1) for plane in planes], 1)
     return ((line ^ (1 << 31)) - (1 << 31)).to(torch.int32)  # the upper half becomes negative
+
+
+def _in_fours(plane: Tensor) -> Tensor:
+    """[row tiles, tiles, r, t, words...] to [row tiles, tiles, loads, lanes, words up to 4]."""
+    words = plane.flatten(4)
+    per_load = min(4, words.shape[-1])
+    words = words.reshape(*words.shape[:2], LANES, -1, per_load)
+    return words.transpose(2, 3).contiguous()

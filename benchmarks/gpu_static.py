@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ class Kernel:
     constants: dict[str, Any]
     warps: int = 1
     loop_weights: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def compile_kernel(kernel: Kernel, target: GPUTarget) -> Any:
             if type.startswith("*")
         },
     )
-    return triton.compile(source, target=target, options={"num_warps": kernel.warps})
+    return triton.compile(source, target=target, options={"num_warps": kernel.warps, **kernel.options})
 
 
 def _run(tool: str, path: str, *options: str) -> str:

@@ -122,6 +122,16 @@ def byte_pair(low, high, i: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def opaque(word, ASM: tl.constexpr):
+    """`word`; keeps LLVM from taking halves of table entries to bytes and together again."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [word], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    return word
+
+
+@triton.jit
 def fold(word):
     """Exclusive or of the four bytes of `word`, in its lowest byte."""
     word ^= word >> 16
@@ -161,34 +171,108 @@ def high_bytes(index, above, extra, position: tl.constexpr, FMT: tl.constexpr):
 
 
 @triton.jit
-def half_operands(signs, index, high, top, table, HALF: tl.constexpr, FMT: tl.constexpr, ASM):
+def load_tile(words, tile, tiles, R: tl.constexpr, FMT: tl.constexpr):
+    """Words of tile `tile` of R rows of tiles.
+
+    Returns:
+        Tuples of uint32 [R, 8, 4]: sign words, index words, `high_bytes` of each, words of the
+        second extra plane. Where levels are stored: those and three empty ones.
+    """
+    STORED: tl.constexpr = FMT.vector_dim == 1
+    if STORED:
+        return load_words(words, tile, tiles * 1024, R, 32), (), (), ()
+    else:
+        return load_codes(words, tile, tiles, R, FMT)
+
+
+@triton.jit
+def load_codes(words, tile, tiles, R: tl.constexpr, FMT: tl.constexpr):
+    """`load_tile` where codes are stored."""
+    LINE: tl.constexpr = 32 * FMT.lane_words
+    STATE: tl.constexpr = FMT.state_bits
+    SIGN_WORDS: tl.constexpr = 4 if FMT.signs else 0
+    INDEX_WORDS: tl.constexpr = FMT.index_words
+    WIDTH: tl.constexpr = FMT.extra_width
+    EXTRA_WORDS: tl.constexpr = INDEX_WORDS * WIDTH // 8
+    PACKED: tl.constexpr = 8 // WIDTH if WIDTH > 0 else 1  # indices in an extra word's byte
+    TOP: tl.constexpr = FMT.top_width
+    TOP_WORDS: tl.constexpr = INDEX_WORDS * TOP // 8
+    stride = tiles * LINE
+    signs = ()
+    if SIGN_WORDS > 0:
+        signs = load_words(words, tile, stride, R, SIGN_WORDS)
+    words += tiles * (32 * SIGN_WORDS)
+    index = load_words(words, tile, stride, R, INDEX_WORDS)
+    above = index
+    if STATE > 0:
+        above = load_words(words, tile, stride, R, INDEX_WORDS, ABOVE=True)
+    words += tiles * (32 * INDEX_WORDS)
+    extra = index
+    if WIDTH > 0:
+        extra = load_words(words, tile, stride, R, EXTRA_WORDS)
+    words += tiles * (32 * EXTRA_WORDS)
+    top = ()
+    if TOP > 0:
+        top = load_words(words, tile, stride, R, TOP_WORDS)
+    high = ()
+    for k in tl.static_range(INDEX_WORDS):
+        high = high + (
+            high_bytes(index[k], above[k], extra[k // PACKED], WIDTH * (k % PACKED), FMT),
+        )
+    return signs, index, high, top
+
+
+@triton.jit
+def decode_half(loaded, table, HALF: tl.constexpr, FMT: tl.constexpr, ASM: tl.constexpr):
     """The operands of one half of a tile's columns, b = 2 HALF and 2 HALF + 1.
 
     Args:
-        signs: the tile's sign words, index 2 (b >> 1) + h; () without signs.
-        index: its index words, per b (and h).
-        high: `high_bytes` of each.
-        top: words of the second extra plane; () without.
+        loaded: what `load_tile` returned.
         table: pointer, int64 entries for groups of 8 and int32 for groups of 4.
 
     Returns:
-        Two tuples of uint32 [R, 8, 4], ordered (i, b & 1, h): levels before the correction of
-        signs, and masks (the levels again without signs).
+        Two tuples of 16 uint32 [R, 8, 4], ordered (i, b & 1, h): levels before the correction of
+        signs, and masks. Without signs the levels, twice.
     """
-    GROUP8: tl.constexpr = FMT.vector_dim == 8
+    STORED: tl.constexpr = FMT.vector_dim == 1
     SIGNS: tl.constexpr = FMT.signs
+    levels = ()
+    masks = ()
+    for k in tl.static_range(16):
+        if STORED:
+            levels = levels + (loaded[0][k // 4 * 8 + HALF * 4 + k % 4],)
+        if SIGNS:
+            sign = loaded[0][2 * HALF + k % 2]
+            masks = masks + (byte_mask(sign, k // 4 + 4 * (k // 2 % 2), ASM),)
+    if not STORED:
+        entries = look_up(loaded, table, HALF, FMT, ASM)
+        for k in tl.static_range(16):
+            if SIGNS:
+                levels = levels + (entries[k] ^ masks[k],)
+            else:
+                levels = levels + (opaque(entries[k], ASM),)
+    if SIGNS:
+        return levels, masks
+    else:
+        return levels, levels
+
+
+@triton.jit
+def look_up(loaded, table, HALF: tl.constexpr, FMT: tl.constexpr, ASM: tl.constexpr):
+    """Table entries of one half of a tile, ordered as in `decode_half`."""
+    GROUP8: tl.constexpr = FMT.vector_dim == 8
     PARITY: tl.constexpr = FMT.parity
     WIDE: tl.constexpr = FMT.extra_width == 8
     TOP: tl.constexpr = FMT.top_width
     PER_B: tl.constexpr = 1 if GROUP8 else 2
+    signs, index, high, top = loaded
     odd = ()  # folded signs whose parity belongs to an index word
     if PARITY:
         if GROUP8:
             odd = (fold(signs[2 * HALF] ^ signs[2 * HALF + 1]),)
         else:
             odd = (fold(signs[2 * HALF]), fold(signs[2 * HALF + 1]))
-    levels = ()
-    masks = ()
+    entries = ()
     for i in tl.static_range(4):
         for b in tl.static_range(2):
             for h in tl.static_range(PER_B):
@@ -203,16 +287,7 @@ def half_operands(signs, index, high, top, table, HALF: tl.constexpr, FMT: tl.co
                     shift = 8 * i + TOP * ((2 * HALF + b) * PER_B + h)
                     row |= ((top[0] >> shift) & ((1 << TOP) - 1)) << 16
                 entry = tl.load(table + row)
-                levels = levels + (entry.to(tl.uint32),)
+                entries = entries + (entry.to(tl.uint32),)
                 if GROUP8:
-                    levels = levels + ((entry >> 32).to(tl.uint32),)
-            if SIGNS:
-                for h in tl.static_range(2):
-                    masks = masks + (byte_mask(signs[2 * HALF + h], i + 4 * b, ASM),)
-    if SIGNS:
-        signed = ()
-        for k in tl.static_range(16):
-            signed = signed + (levels[k] ^ masks[k],)
-        return signed, masks
-    else:
-        return levels, levels
+                    entries = entries + ((entry >> 32).to(tl.uint32),)
+    return entries

@@ -9,72 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcdvq_kernels.triton.decode import (
-    as_int8,
-    half_operands,
-    high_bytes,
-    load_words,
-    operand,
-)
+from pcdvq_kernels.triton.decode import as_int8, decode_half, load_tile, operand
 from pcdvq_kernels.triton.format import LANES, Format
 from pcdvq_kernels.triton.hadamard import QuantizedActivations
 from pcdvq_kernels.triton.tuning import INSTRUCTIONS, LinearConfig
 
 
 @triton.jit
-def load_tile(words, tile, tiles, R: tl.constexpr, FMT: tl.constexpr):
-    """Words of tile `tile` of R rows of tiles: signs, index, high bytes and second extra plane."""
-    LINE: tl.constexpr = 32 * FMT.lane_words
-    STATE: tl.constexpr = FMT.state_bits
-    SIGN_WORDS: tl.constexpr = 4 if FMT.signs else 0
-    INDEX_WORDS: tl.constexpr = FMT.index_words
-    WIDTH: tl.constexpr = FMT.extra_width
-    EXTRA_WORDS: tl.constexpr = INDEX_WORDS * WIDTH // 8
-    TOP: tl.constexpr = FMT.top_width
-    TOP_WORDS: tl.constexpr = INDEX_WORDS * TOP // 8
-    stride = tiles * LINE
-    signs = ()
-    if SIGN_WORDS > 0:
-        signs = load_words(words, tile, stride, R, SIGN_WORDS)
-    words += tiles * (32 * SIGN_WORDS)
-    index = load_words(words, tile, stride, R, INDEX_WORDS)
-    above = index
-    if STATE > 0:
-        above = load_words(words, tile, stride, R, INDEX_WORDS, ABOVE=True)
-    words += tiles * (32 * INDEX_WORDS)
-    extra = index
-    if WIDTH > 0:
-        extra = load_words(words, tile, stride, R, EXTRA_WORDS)
-    words += tiles * (32 * EXTRA_WORDS)
-    top = ()
-    if TOP > 0:
-        top = load_words(words, tile, stride, R, TOP_WORDS)
-    PACKED: tl.constexpr = 8 // WIDTH if WIDTH > 0 else 1
-    high = ()
-    for k in tl.static_range(INDEX_WORDS):
-        high = high + (
-            high_bytes(index[k], above[k], extra[k // PACKED], WIDTH * (k % PACKED), FMT),
-        )
-    return signs, index, high, top
-
-
-@triton.jit
 def tile_products(words, table, x, tile, tiles, product, R: tl.constexpr, FMT: tl.constexpr, ASM):
     """`product` int32 [32 R, M] plus the products of one tile of columns, but for sum(x)."""
-    STORED: tl.constexpr = FMT.vector_dim == 1
     SIGNS: tl.constexpr = FMT.signs
     M: tl.constexpr = x.shape[0]
-    if STORED:
-        stored = load_words(words, tile, tiles * 1024, R, 32)
-    else:
-        signs, index, high, top = load_tile(words, tile, tiles, R, FMT)
+    loaded = load_tile(words, tile, tiles, R, FMT)
     for half in tl.static_range(2):
-        if STORED:
-            levels = ()
-            for k in tl.static_range(16):
-                levels = levels + (stored[k // 4 * 8 + half * 4 + k % 4],)
-        else:
-            levels, masks = half_operands(signs, index, high, top, table, half, FMT, ASM)
+        levels, masks = decode_half(loaded, table, half, FMT, ASM)
         lane = tl.load(x + half * 4)  # [M, t, (b & 1, h)]
         columns = tl.reshape(tl.permute(lane.to(tl.uint32, bitcast=True), [0, 2, 1]), [M, 16])
         x_half = tl.trans(as_int8(columns))

@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,11 @@ class Kernel:
     constants: dict[str, Any]
     warps: int = 1
     loop_weights: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Count:
-    """What a kernel compiled to; instructions are warp instructions of one turn of the main loop."""
+    """What a kernel compiled to; instructions are those of a warp in one turn of the main loop."""
 
     target: str
     kernel: str
@@ -106,32 +105,110 @@ class Count:
     shared_bytes: int
 
 
+def _weight_signature(fmt: Format) -> dict[str, str]:
+    entries = {8: "*i64", 4: "*i32", 1: "*i8"}[fmt.vector_dim]
+    return {"words": "*i32", "table": entries, "row_scale": "*fp32", "tiles": "i32", "N": "i32"}
+
+
+def _product_signature(fmt: Format) -> dict[str, str]:
+    return {**_weight_signature(fmt), "x": "*i32", "scales": "*fp32", "padded": "i32"}
+
+
 def linear_kernel(codec: str, m_tile: int = 8, row_tiles: int = 1, split: bool = False) -> Kernel:
     fmt = format_of(LAYOUTS[codec])
     return Kernel(
-        f"linear M<={m_tile}",
+        f"linear {m_tile} tokens" + ", 2 rows of tiles" * (row_tiles - 1) + ", split" * split,
         codec,
         linear.linear_kernel,
         {
-            **_weight_signature(fmt, "*bf16"),
+            **_product_signature(fmt),
+            "bias": "*bf16",
             "out": "*fp32" if split else "*bf16",
-            **dict.fromkeys(("M", "N", "padded", "tiles", "split_tiles"), "i32"),
+            "M": "i32",
+            "split_tiles": "i32",
         },
         {"R": row_tiles, "M_TILE": m_tile, "SPLIT": split, "BIAS": True, "FMT": fmt},
         loop_weights=row_tiles * 4096,
     )
 
 
-def _weight_signature(fmt: Format, bias: str) -> dict[str, str]:
-    table = {8: "*i64", 4: "*i32", 1: "*i8"}[fmt.vector_dim]
-    return {
-        "x": "*i32",
-        "scales": "*fp32",
-        "words": "*i32",
-        "table": table,
-        "row_scale": "*fp32",
-        "bias": bias,
-    }
+def moe_kernel(codec: str) -> Kernel:
+    fmt = format_of(LAYOUTS[codec])
+    return Kernel(
+        "moe 16 tokens",
+        codec,
+        moe.moe_kernel,
+        {
+            **_product_signature(fmt),
+            "out": "*bf16",
+            **dict.fromkeys(("sorted_ids", "expert_ids", "used"), "*i32"),
+            "assignments": "i32",
+        },
+        {"M_TILE": 16, "TOP_K": 8, "FMT": fmt},
+        loop_weights=4096,
+    )
+
+
+def dense_kernels(codec: str) -> list[Kernel]:
+    fmt = format_of(LAYOUTS[codec])
+    weight = {**_weight_signature(fmt), "out": "*bf16", "K": "i32"}
+    rows = {**weight, "table": "*i8", "ids": "*i64", "signs": "*u8"}
+    return [
+        Kernel("levels", codec, dequantize.levels_kernel, weight, {"FMT": fmt}),
+        Kernel(
+            "embedding",
+            codec,
+            dequantize.embedding_kernel,
+            rows,
+            {"FMT": fmt, "COLUMNS": 512, "BLOCK": 512, "LOG": 9},
+            warps=hadamard.warps_for(512),
+        ),
+    ]
+
+
+def rotation_kernels(block: int) -> list[Kernel]:
+    sizes = {"COLUMNS": max(block, 128), "BLOCK": block, "LOG": block.bit_length() - 1}
+    warps = hadamard.warps_for(sizes["COLUMNS"])
+    given = {"x": "*bf16", "signs": "*u8", "K": "i32"}
+    quantized = {"out": "*i8", "scales": "*fp32", "M": "i32", "tiles": "i32", "padded": "i32"}
+    return [
+        Kernel(
+            f"rotate {block}", "", hadamard.rotate_kernel, {**given, "out": "*bf16"}, sizes, warps
+        ),
+        Kernel(
+            f"rotate and quantize {block}",
+            "",
+            hadamard.rotate_quantize_kernel,
+            {**given, **quantized},
+            sizes,
+            warps,
+        ),
+    ]
+
+
+def sum_kernel() -> Kernel:
+    signature = {"parts": "*fp32", "row_scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
+    sizes = dict.fromkeys(("M", "N", "SPLITS"), "i32")
+    constants = {"BIAS": True, "BLOCK": 512}
+    return Kernel(
+        "sum of splits", "", linear.sum_splits_kernel, {**signature, **sizes}, constants, 4
+    )
+
+
+def all_kernels() -> list[Kernel]:
+    """Every kernel, the products for every codec."""
+    products = [linear_kernel(codec, m_tile) for codec in LAYOUTS for m_tile in (8, 16)]
+    rotations = [kernel for block in (64, 512, 4096) for kernel in rotation_kernels(block)]
+    return [
+        *products,
+        linear_kernel("signed-2", row_tiles=2),
+        linear_kernel("signed-2", split=True),
+        moe_kernel("signed-2"),
+        *dense_kernels("signed-2"),
+        *dense_kernels("trellis-2.25"),
+        *rotations,
+        sum_kernel(),
+    ]
 
 
 def compile_kernel(kernel: Kernel, target: GPUTarget) -> Any:
@@ -151,7 +228,7 @@ def compile_kernel(kernel: Kernel, target: GPUTarget) -> Any:
             if type.startswith("*")
         },
     )
-    return triton.compile(source, target=target, options={"num_warps": kernel.warps, **kernel.options})
+    return triton.compile(source, target=target, options={"num_warps": kernel.warps})
 
 
 def _run(tool: str, path: str, *options: str) -> str:
@@ -233,3 +310,41 @@ def count(kernel: Kernel, target: str) -> Count:
         stack_bytes=stack,
         shared_bytes=compiled.metadata.shared,
     )
+
+
+def table(counts: list[Count]) -> str:
+    """Markdown, a row per kernel and codec, and per target: instructions per 1024 weights."""
+    lines = [
+        "| target | kernel | codec | per 1024 weights | registers | stack | shared | mma |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for c in counts:
+        per = "" if c.per_1024_weights is None else f"{c.per_1024_weights:g}"
+        lines.append(
+            f"| {c.target} | {c.kernel} | {c.codec} | {per} | {c.registers} | {c.stack_bytes} "
+            f"| {c.shared_bytes} | {', '.join(c.mma)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts, by class too")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--codec", nargs="+", choices=["", *LAYOUTS], help="default: all")
+    parser.add_argument("--kernel", default="", metavar="PREFIX", help="of the names of kernels")
+    args = parser.parse_args()
+    kernels = [
+        kernel
+        for kernel in all_kernels()
+        if (args.codec is None or kernel.codec in args.codec)
+        and kernel.name.startswith(args.kernel)
+    ]
+    counts = [count(kernel, target) for target in args.target for kernel in kernels]
+    print(table(counts))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(c) for c in counts], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

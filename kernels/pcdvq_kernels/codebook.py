@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pcdvq_kernels.arguments import LayoutFields
 from pcdvq_kernels.config import SEGMENT_ROWS, CodebookSpec
 from pcdvq_kernels.errors import CheckpointError
 
@@ -94,7 +95,7 @@ class Codebook:
         return levels
 
 
-def expand_patterns(codewords: Tensor, spec: CodebookSpec) -> Tensor:
+def expand_patterns(codewords: Tensor, spec: CodebookSpec | LayoutFields) -> Tensor:
     """Codewords of every pattern in every state, rotations included.
 
     Args:

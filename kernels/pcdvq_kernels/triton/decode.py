@@ -1,8 +1,8 @@
 """Device functions that turn prepacked words (`format`) into int8 tensor-core operands.
 
 A tensor [R, 8, 4] holds one word per lane for R tiles: lane 4 r + t has element [:, r, t]. All is
-arithmetic inside a lane. `ASM` chooses single instructions of NVIDIA GPUs where the plain expression
-beside them compiles to several.
+arithmetic inside a lane. `ASM` chooses single instructions of NVIDIA GPUs where the plain
+expression beside them compiles to several.
 
 Signs cost no carries: the table holds ~level. An exclusive or with the mask m, all ones where the
 level is positive, gives level or -level - 1; adding m + 1 would give level or -level. So a product
@@ -106,7 +106,7 @@ def byte_mask(word, bit: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def byte_pair(low, high, i: tl.constexpr, ASM: tl.constexpr):
-    """Byte i of `low` and above it byte i of `high`; bits above those are 0 if that is below 128."""
+    """Byte i of `low`, above it byte i of `high`; above those 0, if no byte of `high` has bit 7."""
     if ASM:
         SELECTOR: tl.constexpr = 0xCC40 + 0x11 * i
         selector = tl.full(low.shape, SELECTOR, tl.uint32)

@@ -14,10 +14,8 @@ from pcdvq_kernels.triton.linear import Weight, tile_rows
 from pcdvq_kernels.triton.tuning import INSTRUCTIONS
 
 
-@triton.jit
-def levels_kernel(
-    words, table, row_scale, out, N, K, tiles, FMT: tl.constexpr, ASM: tl.constexpr
-):
+@triton.jit(do_not_specialize=["tiles"])
+def levels_kernel(words, table, row_scale, out, N, K, tiles, FMT: tl.constexpr, ASM: tl.constexpr):
     """out [N, K] = R Q; program (g, tile) has a tile."""
     LINE: tl.constexpr = 32 * FMT.lane_words
     SIGNS: tl.constexpr = FMT.signs
@@ -84,8 +82,8 @@ def row_levels(words, table, row, columns, inside, tiles, FMT: tl.constexpr):
     index = plane_word(words, tile, lane, q, INDEX_WORDS, inside)
     low = (index >> byte) & 255
     if STATE > 0:
-        # The row above is in this lane, or the last of the lane four before; where a segment starts,
-        # what is read there counts for nothing.
+        # The row above is in this lane, or the last of the lane four before; where a segment
+        # starts, what is read there counts for nothing.
         owner = lane - tl.where(i == 0, 4, 0)
         above = plane_word(words, tile, owner, q, INDEX_WORDS, inside)
         above >>= (8 * ((i + 3) % 4) + 8 - STATE).to(tl.uint32)
@@ -108,7 +106,7 @@ def row_levels(words, table, row, columns, inside, tiles, FMT: tl.constexpr):
     return level
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def embedding_kernel(
     ids,
     words,

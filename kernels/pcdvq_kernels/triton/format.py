@@ -1,20 +1,21 @@
 """How prepacked weights are laid out.
 
-A weight is cut into tiles of 32 rows x 128 columns, one warp's work. Lane 4 r + t of a warp (r < 8,
-t < 4) owns rows 4 r + i (i < 4) of a tile, and of each the runs of 8 columns 32 b + 8 t + 4 h + j
-(b < 4, h < 2, j < 4). That is what an int8 tensor-core instruction (m16n8k32) wants of a lane if its
-K index 16 h + 4 t + j means column 8 t + 4 h + j, so codes become operands without crossing lanes.
-Four consecutive rows lie in one lane because the trellis codec needs the code of the row above.
+A weight is cut into tiles of 32 rows x 128 columns, one warp's work. Lane 4 r + t of a warp
+(r < 8, t < 4) owns rows 4 r + i (i < 4) of a tile, and of each the runs of 8 columns
+32 b + 8 t + 4 h + j (b < 4, h < 2, j < 4). That is what an int8 tensor-core instruction (m16n8k32)
+wants of a lane if its K index 16 h + 4 t + j means column 8 t + 4 h + j, so codes become operands
+without crossing lanes. Four consecutive rows lie in one lane because the trellis codec needs the
+code of the row above.
 
 The words of a row of tiles are planes, one after another, each int32 [tiles, 32 lanes, words], or
 [tiles, words / 4, 32 lanes, 4] with more than 4 words to a lane, so that a load is 16 bytes:
 
     signs   4 words, index 2 (b >> 1) + h: bit 8 j + c, c = i + 4 (b & 1), is set where the level is
             positive; no such plane where codes have no signs
-    index   a word per b (or per b and h, where groups have 4 columns), byte i: the top 8 bits of the
-            fields beside the signs
-    extra   the `width` bits below those, 8 / width index words to a word, at bits `width * position`
-            of byte i; one plane for each width of `extra_widths`
+    index   a word per b (or per b and h, where groups have 4 columns), byte i: the top 8 bits of
+            the fields beside the signs
+    extra   the `width` bits below those, 8 / width index words to a word, at bits
+            `width * position` of byte i; one plane for each width of `extra_widths`
 
 A layout that does not fit has its levels stored, as codec `int8` does:
 

@@ -63,7 +63,7 @@ def rotate_kernel(x, signs, out, K, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, 
     tl.store(out + token * K + columns, values.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles", "padded"])
 def rotate_quantize_kernel(
     x,
     signs,
@@ -80,7 +80,7 @@ def rotate_quantize_kernel(
     """`QuantizedActivations`; program (m, c) has COLUMNS columns, a multiple of BLOCK and 128."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (columns < K) & (token < M)
+    inside = columns < tl.where(token < M, K, 0)  # padding is 0
     values = tl.load(x + token * K + columns, mask=inside, other=0.0).to(tl.float32)
     values = hadamard(negate(values, signs, columns, inside), BLOCK, LOG)
     values = tl.reshape(values, [COLUMNS // 128, 128])
@@ -125,9 +125,7 @@ def rotate(x: Tensor, signs_in: Tensor, block: int) -> Tensor:
     return out
 
 
-def rotate_quantize(
-    x: Tensor, signs_in: Tensor, block: int, multiple: int
-) -> QuantizedActivations:
+def rotate_quantize(x: Tensor, signs_in: Tensor, block: int, multiple: int) -> QuantizedActivations:
     """H S x, quantized to int8.
 
     Args:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pcdvq_kernels.arguments import expect
 from pcdvq_kernels.triton.decode import as_int8, decode_half, load_tile, operand
 from pcdvq_kernels.triton.format import LANES, Format
 from pcdvq_kernels.triton.hadamard import QuantizedActivations
@@ -88,7 +89,7 @@ def scale_rows(acc, row_scale, bias, rows, N, BIAS: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "padded", "tiles", "split_tiles"])
 def linear_kernel(
     x,
     scales,
@@ -130,7 +131,7 @@ def linear_kernel(
     tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "SPLITS"])
 def sum_splits_kernel(
     parts, row_scale, bias, out, M, N, SPLITS, BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -165,6 +166,14 @@ class Weight:
     def tiles(self) -> int:
         """Tiles in a row of tiles."""
         return self.words.shape[-1] // (LANES * self.fmt.lane_words)
+
+    def check(self, rows: int, columns: int, device: torch.device) -> None:
+        """Raise PCDVQError unless the tensors are those of a prepacked weight [rows, columns]."""
+        for name, tensor, dtype, shape in (
+            ("qweight", self.words, torch.int32, self.fmt.weight_shape(rows, columns)),
+            ("codewords", self.table, torch.int8, self.fmt.table_shape),
+        ):
+            expect(name, tensor, dtype, shape, device)
 
     def entries(self) -> Tensor:
         """The table as one integer per entry."""

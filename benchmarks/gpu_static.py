@@ -78,6 +78,7 @@ class Kernel:
         constants: its compile-time arguments.
         warps: per program.
         loop_weights: weights a warp decodes in one turn of the main loop; None without a loop.
+        registers: limit for the assembler, None for its own.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Kernel:
     constants: dict[str, Any]
     warps: int = 1
     loop_weights: int | None = None
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def moe_kernel(codec: str) -> Kernel:
         },
         {"M_TILE": 16, "TOP_K": 8, "FMT": fmt},
         loop_weights=4096,
+        registers=moe.REGISTERS["maxnreg"],
     )
 
 
@@ -228,7 +231,10 @@ def compile_kernel(kernel: Kernel, target: GPUTarget) -> Any:
             if type.startswith("*")
         },
     )
-    return triton.compile(source, target=target, options={"num_warps": kernel.warps})
+    options = {"num_warps": kernel.warps}
+    if kernel.registers and target.backend == "cuda":
+        options["maxnreg"] = kernel.registers
+    return triton.compile(source, target=target, options=options)
 
 
 def _run(tool: str, path: str, *options: str) -> str:

@@ -14,6 +14,9 @@ from pcdvq_kernels.triton.hadamard import rotate_quantize
 from pcdvq_kernels.triton.linear import Weight, accumulate, scale_rows, tile_rows
 from pcdvq_kernels.triton.tuning import INSTRUCTIONS
 
+# Left to itself, the assembler spills a value around the main loop to stay at 96.
+REGISTERS = {"maxnreg": 128}
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -115,5 +118,6 @@ def moe_linear(x: Tensor, weight: Weight, signs_in: Tensor, block: int, routing:
         FMT=weight.fmt,
         ASM=INSTRUCTIONS,
         num_warps=1,
+        **(REGISTERS if INSTRUCTIONS else {}),
     )
     return out

@@ -1,7 +1,7 @@
 """What static counts predict for decoding: arithmetic, nothing here was measured on a GPU.
 
-    python benchmarks/gpu_static.py --json counts.json
-    python benchmarks/gpu_roofline.py counts.json
+python benchmarks/gpu_static.py --json counts.json
+python benchmarks/gpu_roofline.py counts.json
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from pcdvq_kernels.triton.tuning import Device, m_tile_for
 
 # Weights in linear layers of Llama 2: all that is streamed for a token but head and cache.
 MODELS = {"7B": 6.48e9, "70B": 68.5e9}
@@ -60,7 +62,7 @@ def rows(counts: list[dict]) -> list[str]:
     for name, gpu in GPUS.items():
         for model, weights in MODELS.items():
             for tokens in TOKENS:
-                m_tile = 8 if tokens <= 8 else 16
+                m_tile = m_tile_for(tokens, Device(name, gpu.target, 1))
                 per_1024 = instructions(counts, gpu.target, m_tile) * -(-tokens // m_tile)
                 memory = weights * BITS / 8 / gpu.bandwidth
                 issue = weights / 1024 * per_1024 / gpu.issue

@@ -23,6 +23,7 @@ import triton
 from pcdvq_kernels.arguments import LayoutFields
 from pcdvq_kernels.triton import dequantize, hadamard, linear, moe
 from pcdvq_kernels.triton.format import Format, format_of
+from pcdvq_kernels.triton.tuning import Device, m_tile_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -198,14 +199,16 @@ def sum_kernel() -> Kernel:
     )
 
 
-def all_kernels() -> list[Kernel]:
-    """Every kernel, the products for every codec."""
-    products = [linear_kernel(codec, m_tile) for codec in LAYOUTS for m_tile in (8, 16)]
+def all_kernels(target: str) -> list[Kernel]:
+    """Every kernel that serves on `target`, the products for every codec."""
+    device = Device("", target, 1)
+    m_tiles = sorted({m_tile_for(tokens, device) for tokens in (1, 16)})
+    products = [linear_kernel(codec, m_tile) for codec in LAYOUTS for m_tile in m_tiles]
     rotations = [kernel for block in (64, 512, 4096) for kernel in rotation_kernels(block)]
     return [
         *products,
-        linear_kernel("signed-2", row_tiles=2),
-        linear_kernel("signed-2", split=True),
+        linear_kernel("signed-2", m_tiles[0], row_tiles=2),
+        linear_kernel("signed-2", m_tiles[0], split=True),
         moe_kernel("signed-2"),
         *dense_kernels("signed-2"),
         *dense_kernels("trellis-2.25"),
@@ -340,13 +343,13 @@ def main() -> None:
     parser.add_argument("--codec", nargs="+", choices=["", *LAYOUTS], help="default: all")
     parser.add_argument("--kernel", default="", metavar="PREFIX", help="of the names of kernels")
     args = parser.parse_args()
-    kernels = [
-        kernel
-        for kernel in all_kernels()
+    counts = [
+        count(kernel, target)
+        for target in args.target
+        for kernel in all_kernels(target)
         if (args.codec is None or kernel.codec in args.codec)
         and kernel.name.startswith(args.kernel)
     ]
-    counts = [count(kernel, target) for target in args.target for kernel in kernels]
     print(table(counts))
     if args.json:
         args.json.write_text(json.dumps([asdict(c) for c in counts], indent=1) + "\n")

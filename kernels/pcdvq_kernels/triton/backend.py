@@ -14,7 +14,7 @@ from pcdvq_kernels.triton.format import TILE_ROWS, format_of
 from pcdvq_kernels.triton.hadamard import rotate, rotate_quantize
 from pcdvq_kernels.triton.linear import Weight
 from pcdvq_kernels.triton.linear import linear as decode_linear
-from pcdvq_kernels.triton.tuning import describe, linear_config, m_tile_for
+from pcdvq_kernels.triton.tuning import describe, linear_config
 
 # Above this a dense copy of the weight is cheaper than decoding it for every 16 tokens. The copy is
 # written and read back, 34 bits per weight with the codes; in that time an H100 issues about 1170
@@ -46,8 +46,8 @@ def linear(
     if not m or not n:
         y = x.new_empty((m, n))
     elif m <= MOST_DECODE_TOKENS:
-        activations = rotate_quantize(rows, signs_in, block, m_tile_for(m))
         config = linear_config(m, n, k, weight.fmt, describe(x.device))
+        activations = rotate_quantize(rows, signs_in, block, config.m_tile)
         y = decode_linear(activations, weight, bias, x.dtype, config)
     else:
         y = _dense_linear(rotate(rows, signs_in, block), weight, bias)

@@ -68,8 +68,9 @@ def describe(device: torch.device) -> Device:
     return Device(found.name, hip or f"sm_{found.major}{found.minor}", found.multi_processor_count)
 
 
-def m_tile_for(tokens: int) -> int:
-    return 8 if tokens <= 8 else 16
+def m_tile_for(tokens: int, device: Device) -> int:
+    """Tokens of a program: NVIDIA's tensor cores take 8 or 16, AMD's 16."""
+    return 8 if tokens <= 8 and not device.architecture.startswith("gfx") else 16
 
 
 @cache
@@ -81,7 +82,7 @@ def linear_config(
     Measured ones where `cache_path()` has them for this device, shape and format; otherwise as many
     splits as it takes to give every processor its warps.
     """
-    m_tile = m_tile_for(tokens)
+    m_tile = m_tile_for(tokens, device)
     measured = tuned().get(device.name, {}).get(tuning_key(m_tile, rows, columns, fmt))
     if measured is not None:
         return measured

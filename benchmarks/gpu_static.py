@@ -23,7 +23,7 @@ import triton
 from pcdvq_kernels.arguments import LayoutFields
 from pcdvq_kernels.triton import dequantize, hadamard, linear, moe
 from pcdvq_kernels.triton.format import Format, format_of
-from pcdvq_kernels.triton.tuning import Device, m_tile_for
+from pcdvq_kernels.triton.tuning import MOST_REGISTERS, Device, m_tile_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -132,6 +132,7 @@ def linear_kernel(codec: str, m_tile: int = 8, row_tiles: int = 1, split: bool =
         },
         {"R": row_tiles, "M_TILE": m_tile, "SPLIT": split, "BIAS": True, "FMT": fmt},
         loop_weights=row_tiles * 4096,
+        registers=MOST_REGISTERS if row_tiles > 1 else None,
     )
 
 
@@ -149,7 +150,7 @@ def moe_kernel(codec: str) -> Kernel:
         },
         {"M_TILE": 16, "TOP_K": 8, "FMT": fmt},
         loop_weights=4096,
-        registers=moe.REGISTERS["maxnreg"],
+        registers=MOST_REGISTERS,
     )
 
 

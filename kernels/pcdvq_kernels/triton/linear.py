@@ -13,7 +13,7 @@ from pcdvq_kernels.arguments import expect
 from pcdvq_kernels.triton.decode import as_int8, decode_half, load_tile, operand
 from pcdvq_kernels.triton.format import LANES, Format
 from pcdvq_kernels.triton.hadamard import QuantizedActivations
-from pcdvq_kernels.triton.tuning import INSTRUCTIONS, LinearConfig
+from pcdvq_kernels.triton.tuning import INSTRUCTIONS, LinearConfig, register_limit
 
 
 @triton.jit
@@ -207,13 +207,14 @@ def linear(
     out = weight.row_scale.new_empty((m, n), dtype=dtype)
     parts = out if splits == 1 else weight.row_scale.new_empty((splits, m, n))
     has_bias = bias is not None
+    added = weight.row_scale if bias is None else bias  # a kernel's pointer must point somewhere
     linear_kernel[row_tiles // config.row_tiles, splits, -(-m // config.m_tile)](
         x.values,
         x.scales,
         weight.words,
         weight.entries(),
         weight.row_scale,
-        bias if has_bias else weight.row_scale,
+        added,
         parts,
         m,
         n,
@@ -227,12 +228,13 @@ def linear(
         FMT=weight.fmt,
         ASM=INSTRUCTIONS,
         num_warps=1,
+        **(register_limit() if config.row_tiles > 1 else {}),
     )
     if splits > 1:
         sum_splits_kernel[m, -(-n // 512)](
             parts,
             weight.row_scale,
-            bias if has_bias else weight.row_scale,
+            added,
             out,
             m,
             n,

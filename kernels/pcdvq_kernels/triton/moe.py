@@ -12,10 +12,7 @@ from torch import Tensor
 from pcdvq_kernels.triton.format import TILE_ROWS
 from pcdvq_kernels.triton.hadamard import rotate_quantize
 from pcdvq_kernels.triton.linear import Weight, accumulate, scale_rows, tile_rows
-from pcdvq_kernels.triton.tuning import INSTRUCTIONS
-
-# Left to itself, the assembler spills a value around the main loop to stay at 96.
-REGISTERS = {"maxnreg": 128}
+from pcdvq_kernels.triton.tuning import INSTRUCTIONS, register_limit
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,7 @@ def moe_linear(x: Tensor, weight: Weight, signs_in: Tensor, block: int, routing:
         FMT=weight.fmt,
         ASM=INSTRUCTIONS,
         num_warps=1,
-        **(REGISTERS if INSTRUCTIONS else {}),
+        # Left to itself, the assembler spills a value around the main loop to stay at 96.
+        **register_limit(),
     )
     return out

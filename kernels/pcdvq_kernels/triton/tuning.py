@@ -25,6 +25,7 @@ INSTRUCTIONS = not INTERPRETED and torch.version.hip is None
 # latency (600-800 ns), over the KiB of codes that a warp has in flight at 2 bits per weight.
 WARPS_PER_PROCESSOR = {"sm_80": 12, "sm_86": 8, "sm_89": 8, "sm_90": 20, "sm_100": 28, "sm_120": 12}
 DEFAULT_WARPS = 12
+MOST_REGISTERS = 128
 SHORTEST_SPLIT = 4  # tiles: fewer, and writing partial sums costs as much as reading the codes
 
 
@@ -66,6 +67,11 @@ def describe(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
     hip = getattr(found, "gcnArchName", "").split(":")[0]
     return Device(found.name, hip or f"sm_{found.major}{found.minor}", found.multi_processor_count)
+
+
+def register_limit() -> dict[str, int]:
+    """Launch options that limit a kernel to `MOST_REGISTERS`; only NVIDIA's assembler takes one."""
+    return {"maxnreg": MOST_REGISTERS} if INSTRUCTIONS else {}
 
 
 def m_tile_for(tokens: int, device: Device) -> int:

@@ -8,6 +8,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# These need TRITON_INTERPRET=1 from the start; other tests run them in processes of their own.
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*/interpreted/*"]
+
 TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
 

@@ -83,7 +83,7 @@ class CodebookStore:
         for id, book in codebooks.items():
             self._tables[id] = book.spec, book.directions.numpy(), book.magnitudes.numpy()
         for (id, device), codewords in self._codewords.items():
-            codewords.copy_(self.codebook(id, device).codewords())
+            codewords.copy_(self._served(id, device))
 
     def codebook(self, id: str, device: torch.device) -> Codebook:
         """The tables of codebook `id` on `device`."""
@@ -95,15 +95,18 @@ class CodebookStore:
         )
 
     def codewords(self, id: str, device: torch.device) -> torch.Tensor:
-        """The one tensor of `Codebook.codewords()` that all layers on `device` share.
-
-        Returns:
-            int8 [2 ** magnitude_bits * rows, vector_dim].
-        """
+        """The one tensor that all layers on `device` share: the op's argument `codewords`."""
         key = id, device
         if key not in self._codewords:
-            self._codewords[key] = self.codebook(id, device).codewords()
+            self._codewords[key] = self._served(id, device)
         return self._codewords[key]
+
+    def _served(self, id: str, device: torch.device) -> torch.Tensor:
+        # Imported here because it brings the op library: `register` must stay light.
+        from pcdvq_kernels.ops import prepack_codewords
+
+        codebook = self.codebook(id, device)
+        return prepack_codewords(codebook.codewords(), codebook.spec)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_tables": self._tables, "_codewords": {}}

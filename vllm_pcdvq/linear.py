@@ -11,7 +11,7 @@ from pcdvq_kernels.checkpoint import PACKED_TENSORS, QWEIGHT, REMEDY, ROW_SCALE,
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from pcdvq_kernels.hadamard import choose_block
-from pcdvq_kernels.ops import Layout
+from pcdvq_kernels.ops import Layout, prepack_weight, prepacks
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
@@ -44,10 +44,10 @@ class PCDVQLinearMethod(LinearMethodBase):
         row_scale  bfloat16 [N]
         signs_in   uint8 [slots, K / 8], one row per part of a fused layer
     and afterwards
-        qweight    unchanged
+        qweight    unchanged, or int32 words where the device computes with those
         row_scale  float32 [N]
         signs_in   uint8 [K / 8]
-        codewords  int8 [2 ** magnitude_bits * rows, vector_dim], shared by all layers
+        codewords  int8, shared by all layers; see `pcdvq_kernels.ops`
     """
 
     kind = "linear layers"  # for the log
@@ -128,11 +128,15 @@ class PCDVQLinearMethod(LinearMethodBase):
         """
         codebooks = self.config.loaded_codebooks()
         row_scale, signs_in = self._finish(layer)
-        for name, data in ((QWEIGHT, layer.qweight), (ROW_SCALE, row_scale), (SIGNS_IN, signs_in)):
+        device = layer.qweight.device
+        levels = codebooks.codebook(self.codebook, device).codewords()
+        layout = Layout(self.block, self.spec)
+        qweight = prepack_weight(layer.qweight.data, levels, layout, 8 * signs_in.shape[0])
+        for name, data in ((QWEIGHT, qweight), (ROW_SCALE, row_scale), (SIGNS_IN, signs_in)):
             layer.register_parameter(name, Parameter(data.data, requires_grad=False))
-        codewords = codebooks.codewords(self.codebook, layer.qweight.device)
+        codewords = codebooks.codewords(self.codebook, device)
         layer.register_buffer("codewords", codewords, persistent=False)
-        self.config.log_once(kernels_for(layer.qweight.device))
+        self.config.log_once(kernels_for(device))
 
     def _finish(self, layer: PackedLayer) -> tuple[Tensor, Tensor]:
         """Check the loaded parameters: float32 row_scale [N] and uint8 signs_in [K / 8]."""
@@ -200,6 +204,8 @@ class CheckedUnquantizedLinearMethod(UnquantizedLinearMethod):
 
 def kernels_for(device: torch.device) -> str:
     """What runs the op for tensors on `device`, for the log."""
+    if prepacks(device):
+        return f"triton on {device.type}"
     if device.type == "cpu" and cpu.available():
         return f"cpu {cpu.isas()[-1]}"
     return f"torch on {device.type} (slow)"

@@ -113,7 +113,7 @@ def check_linear(
     if bias is not None:
         if not bias.is_floating_point():
             raise PCDVQError(f"bias is {_describe(bias)}; expected a float dtype")
-        _expect("bias", bias, bias.dtype, qweight.shape[:1], x.device)
+        expect("bias", bias, bias.dtype, qweight.shape[:1], x.device)
     return shape
 
 
@@ -137,6 +137,20 @@ def check_embedding(
     return shape
 
 
+def check_prepacked(
+    in_features: int, row_scale: Tensor, signs_in: Tensor, layout: Sequence[int], like: Tensor
+) -> LayoutFields:
+    """Raise PCDVQError unless the arguments beside a prepacked weight fit together.
+
+    Args:
+        in_features: K.
+        like: a tensor on the operator's device.
+    """
+    expect("row_scale", row_scale, torch.float32, row_scale.shape[:1], like.device)
+    expect("signs_in", signs_in, torch.uint8, (in_features // 8,), like.device)
+    return _linear_shape(tuple(layout), in_features).layout
+
+
 def check_ids(ids: Tensor, rows: int) -> None:
     """Raise PCDVQError unless every id is a row of an embedding of `rows` rows."""
     if ids.numel():
@@ -155,15 +169,16 @@ def _check_weight(
 ) -> None:
     qweight, row_scale, signs_in, codewords = weight
     rows = qweight.shape[:1]  # (N,)
-    _expect("qweight", qweight, torch.uint8, (*rows, shape.row_bytes), device)
-    _expect("row_scale", row_scale, torch.float32, rows, device)
-    _expect("signs_in", signs_in, torch.uint8, (in_features // 8,), device)
-    _expect("codewords", codewords, torch.int8, shape.codewords_shape, device)
+    expect("qweight", qweight, torch.uint8, (*rows, shape.row_bytes), device)
+    expect("row_scale", row_scale, torch.float32, rows, device)
+    expect("signs_in", signs_in, torch.uint8, (in_features // 8,), device)
+    expect("codewords", codewords, torch.int8, shape.codewords_shape, device)
 
 
-def _expect(
+def expect(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> None:
+    """Raise PCDVQError unless `tensor` is as described, and contiguous."""
     if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device:
         raise PCDVQError(
             f"{name} is {_describe(tensor)}; expected {dtype} {list(shape)} on {device}. "

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pcdvq_kernels.arguments import LayoutFields
 from pcdvq_kernels.config import SEGMENT_ROWS, CodebookSpec
 from pcdvq_kernels.errors import CheckpointError
 
@@ -99,7 +100,7 @@ class Codebook:
         return levels
 
 
-def expand_patterns(codewords: Tensor, spec: CodebookSpec) -> Tensor:
+def expand_patterns(codewords: Tensor, spec: CodebookSpec | LayoutFields) -> Tensor:
     """Codewords of every pattern in every state, rotations included.
 
     Args:

@@ -200,6 +200,6 @@ def warn_slow(device_type: str) -> None:
     reason = (
         cpu.unavailable_message()
         if device_type == "cpu"
-        else f"there are no compiled kernels for {device_type} tensors"
+        else f"their codes are not prepacked for the kernels of {device_type} (pcdvq_kernels.ops)"
     )
     warnings.warn(f"PCDVQ layers run on a slow torch path: {reason}.", RuntimeWarning, stacklevel=3)

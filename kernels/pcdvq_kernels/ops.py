@@ -5,10 +5,11 @@ y = R (Q H S x) + b:
     torch.ops.pcdvq.linear(x, qweight, row_scale, signs_in, codewords, bias, layout) -> Tensor
 
     x          bf16, fp16 or fp32 [..., K]; any M = product of the leading sizes, also 0
-    qweight    uint8 [N, row_bytes], the checkpoint's codes
+    qweight    uint8 [N, row_bytes], the checkpoint's codes, or int32 words from `prepack_weight`
     row_scale  fp32 [N]
     signs_in   uint8 [K / 8]
-    codewords  int8 [2 ** magnitude_bits * spec.rows, vector_dim], `Codebook.codewords()`
+    codewords  int8 [2 ** magnitude_bits * spec.rows, vector_dim], `Codebook.codewords()`;
+               with words what `prepack_codewords` made of it
     bias       any float dtype [N], or None
     layout     `Layout(...).to_ints()`
     returns    x.dtype [..., N]
@@ -22,16 +23,21 @@ Rows of the dense weight R Q H S, of which only those asked for are decoded:
     dtype      bf16, fp16 or fp32
     returns    dtype [..., K], a new tensor
 
+Codes are served by the C++ kernels on a CPU and by slow torch code elsewhere; words, the form of a
+device that `prepacks`, by the Triton kernels.
+
 Importing this module registers the operators. They raise PCDVQError (a ValueError) for arguments
 that do not fit together; on the CPU also for ids that are no rows, elsewhere the device reports
 those as it does for any index. On the CPU the result for a row of x or an id does not depend on
-the others or on the number of threads.
+the others or on the number of threads; with words its rounding depends on how many there are.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -71,6 +77,54 @@ class Layout:
         ]
 
 
+def prepacks(device: torch.device) -> bool:
+    """Whether weights on `device` are prepacked for the Triton kernels.
+
+    So they are on GPUs, unless the environment says PCDVQ_BACKEND=torch. On a CPU only if it says
+    PCDVQ_BACKEND=triton and TRITON_INTERPRET=1, for tests.
+    """
+    if find_spec("triton") is None:
+        return False
+    backend = os.environ.get("PCDVQ_BACKEND")
+    if device.type == "cpu":
+        return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cuda" and backend != "torch"
+
+
+def prepack_weight(qweight: Tensor, codewords: Tensor, layout: Layout, in_features: int) -> Tensor:
+    """`qweight` uint8 [N, row_bytes] in the form its device computes with; see `prepacks`."""
+    if not prepacks(qweight.device):
+        return qweight
+    from pcdvq_kernels.triton import prepack
+
+    return prepack.prepack_weight(qweight, codewords, layout.to_ints(), in_features)
+
+
+def prepack_codewords(codewords: Tensor, spec: CodebookSpec) -> Tensor:
+    """`Codebook.codewords()` in the form its device computes with; see `prepacks`."""
+    if not prepacks(codewords.device):
+        return codewords
+    from pcdvq_kernels.triton import prepack
+
+    return prepack.prepack_codewords(codewords, Layout(1, spec).to_ints())
+
+
+def _linear(
+    x: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    bias: Tensor | None,
+    layout: Sequence[int],
+) -> Tensor:
+    if qweight.dtype == torch.int32:
+        from pcdvq_kernels.triton import backend
+
+        return backend.linear(x, qweight, row_scale, signs_in, codewords, bias, layout)
+    return fallback.linear(x, qweight, row_scale, signs_in, codewords, bias, layout)
+
+
 def _linear_cpu(
     x: Tensor,
     qweight: Tensor,
@@ -80,7 +134,7 @@ def _linear_cpu(
     bias: Tensor | None,
     layout: Sequence[int],
 ) -> Tensor:
-    run = cpu.linear if cpu.available() else fallback.linear
+    run = cpu.linear if qweight.dtype == torch.uint8 and cpu.available() else _linear
     return run(x, qweight, row_scale, signs_in, codewords, bias, layout)
 
 
@@ -93,7 +147,23 @@ def _linear_fake(
     bias: Tensor | None,
     layout: Sequence[int],
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+    return x.new_empty(*x.shape[:-1], row_scale.shape[0])
+
+
+def _embedding(
+    ids: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    layout: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    if qweight.dtype == torch.int32:
+        from pcdvq_kernels.triton import backend
+
+        return backend.embedding(ids, qweight, row_scale, signs_in, codewords, layout, dtype)
+    return fallback.embedding(ids, qweight, row_scale, signs_in, codewords, layout, dtype)
 
 
 def _embedding_cpu(
@@ -105,7 +175,7 @@ def _embedding_cpu(
     layout: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    run = cpu.embedding if cpu.available() else fallback.embedding
+    run = cpu.embedding if qweight.dtype == torch.uint8 and cpu.available() else _embedding
     return run(ids, qweight, row_scale, signs_in, codewords, layout, dtype)
 
 
@@ -133,9 +203,9 @@ _LIBRARY.define(
     "int[] layout, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.impl("linear", fallback.linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear", _linear_cpu, "CPU")
-_LIBRARY.impl("embedding", fallback.embedding, "CompositeExplicitAutograd")
+_LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
 _LIBRARY.impl("embedding", _embedding_cpu, "CPU")
 torch.library.register_fake("pcdvq::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("pcdvq::embedding", _embedding_fake, lib=_LIBRARY)

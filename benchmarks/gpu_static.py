@@ -1,0 +1,360 @@
+"""What the Triton kernels compile to, counted: no GPU is needed.
+
+Compiles every kernel for every target, finds the main loop in the machine code, and prints its warp
+instructions per 1024 weights, registers, stack and shared memory. `--json FILE` writes the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+from pcdvq_kernels.arguments import LayoutFields
+from pcdvq_kernels.triton import dequantize, hadamard, linear, moe
+from pcdvq_kernels.triton.format import Format, format_of
+from pcdvq_kernels.triton.tuning import MOST_REGISTERS, Device, m_tile_for
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# (hadamard_block, vector_dim, sign_bits, parity, pattern, magnitude, rotation, state bits)
+LAYOUTS = {
+    "signed-2": LayoutFields(512, 8, 8, 1, 7, 1, 0, 0),
+    "signed-2.25": LayoutFields(512, 8, 8, 1, 9, 1, 0, 0),
+    "signed-3": LayoutFields(512, 4, 4, 1, 7, 1, 0, 0),
+    "signed-4": LayoutFields(512, 4, 4, 0, 10, 2, 0, 0),
+    "trellis-2": LayoutFields(512, 8, 8, 1, 8, 0, 3, 3),
+    "trellis-2.25": LayoutFields(512, 8, 8, 1, 10, 0, 3, 3),
+    "trellis-3": LayoutFields(512, 4, 4, 1, 8, 0, 2, 3),
+    "trellis-4": LayoutFields(512, 4, 4, 0, 12, 0, 2, 2),
+    "e8-2": LayoutFields(512, 8, 0, 0, 14, 2, 0, 0),
+    "e8-2.25": LayoutFields(512, 8, 0, 0, 16, 2, 0, 0),
+    "int8": LayoutFields(512, 1, 0, 0, 8, 0, 0, 0),
+}
+CLASSES = {
+    "load": r"LD[GS]?|LDSM|LDGSTS|(global|buffer|flat)_load.*|ds_read.*|s_load.*|ds_bpermute.*",
+    "store": r"ST[GS]?|STSM|RED|ATOMG?|(global|buffer|flat)_store.*|ds_write.*",
+    "spill": r"LDL|STL|scratch_.*",
+    "shuffle": r"SHFL|.*_dpp",
+    "barrier": r"BAR|DEPBAR|LDGDEPBAR|WARPSYNC|WARPGROUP|SYNCS|MEMBAR|s_barrier|s_waitcnt",
+    "mma": r"[HIQOF]M+A|[HIQ]GMMA|UTC.*MMA|v_mfma.*",
+    "permute": r"PRMT|v_perm_b32",
+    "logic": r"P?LOP3|SHF|SGXT|BMSK|v_(and|or|xor|not|lsh|ash|bf).*",
+    "integer": r"IMAD|IADD3?|LEA|ISETP|SEL|VIADD|VIMNMX|IMNMX|v_(add|sub|mul|mad)_?.*[iu]\d+.*",
+    "float": r"F(FMA|MUL|ADD|SEL|SETP|MNMX)|HFMA2|I2F|F2I|I2FP|F2FP|F2F|I2I|v_cvt.*|v_.*f(16|32).*",
+    "move": r"MOV|CS2R|S2R|S2UR|R2UR|UMOV|v_mov.*|v_accvgpr.*",
+    "uniform": r"U[A-Z0-9]+|s_.*",
+    "control": r"BRA|BSSY|BSYNC|EXIT|NOP|CALL|RET|YIELD",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel to compile.
+
+    Attributes:
+        name, codec: what it is called in the table.
+        function: the jitted function.
+        signature: Triton types of its tensors and scalars.
+        constants: its compile-time arguments.
+        warps: per program.
+        loop_weights: weights a warp decodes in one turn of the main loop; None without a loop.
+        registers: limit for the assembler, None for its own.
+    """
+
+    name: str
+    codec: str
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    warps: int = 1
+    loop_weights: int | None = None
+    registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a kernel compiled to; instructions are those of a warp in one turn of the main loop."""
+
+    target: str
+    kernel: str
+    codec: str
+    instructions: int | None
+    per_1024_weights: float | None
+    classes: dict[str, int]
+    mma: list[str]
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def _weight_signature(fmt: Format) -> dict[str, str]:
+    entries = {8: "*i64", 4: "*i32", 1: "*i8"}[fmt.vector_dim]
+    return {"words": "*i32", "table": entries, "row_scale": "*fp32", "tiles": "i32", "N": "i32"}
+
+
+def _product_signature(fmt: Format) -> dict[str, str]:
+    return {**_weight_signature(fmt), "x": "*i32", "scales": "*fp32", "padded": "i32"}
+
+
+def linear_kernel(codec: str, m_tile: int = 8, row_tiles: int = 1, split: bool = False) -> Kernel:
+    fmt = format_of(LAYOUTS[codec])
+    return Kernel(
+        f"linear {m_tile} tokens" + ", 2 rows of tiles" * (row_tiles - 1) + ", split" * split,
+        codec,
+        linear.linear_kernel,
+        {
+            **_product_signature(fmt),
+            "bias": "*bf16",
+            "out": "*fp32" if split else "*bf16",
+            "M": "i32",
+            "split_tiles": "i32",
+        },
+        {"R": row_tiles, "M_TILE": m_tile, "SPLIT": split, "BIAS": True, "FMT": fmt},
+        loop_weights=row_tiles * 4096,
+        registers=MOST_REGISTERS if row_tiles > 1 else None,
+    )
+
+
+def moe_kernel(codec: str) -> Kernel:
+    fmt = format_of(LAYOUTS[codec])
+    return Kernel(
+        "moe 16 tokens",
+        codec,
+        moe.moe_kernel,
+        {
+            **_product_signature(fmt),
+            "out": "*bf16",
+            **dict.fromkeys(("sorted_ids", "expert_ids", "used"), "*i32"),
+            "assignments": "i32",
+        },
+        {"M_TILE": 16, "TOP_K": 8, "FMT": fmt},
+        loop_weights=4096,
+        registers=MOST_REGISTERS,
+    )
+
+
+def dense_kernels(codec: str) -> list[Kernel]:
+    fmt = format_of(LAYOUTS[codec])
+    weight = {**_weight_signature(fmt), "out": "*bf16", "K": "i32"}
+    rows = {**weight, "table": "*i8", "ids": "*i64", "signs": "*u8"}
+    return [
+        Kernel("levels", codec, dequantize.levels_kernel, weight, {"FMT": fmt}),
+        Kernel(
+            "embedding",
+            codec,
+            dequantize.embedding_kernel,
+            rows,
+            {"FMT": fmt, "COLUMNS": 512, "BLOCK": 512, "LOG": 9},
+            warps=hadamard.warps_for(512),
+        ),
+    ]
+
+
+def rotation_kernels(block: int) -> list[Kernel]:
+    sizes = {"COLUMNS": max(block, 128), "BLOCK": block, "LOG": block.bit_length() - 1}
+    warps = hadamard.warps_for(sizes["COLUMNS"])
+    given = {"x": "*bf16", "signs": "*u8", "K": "i32"}
+    quantized = {"out": "*i8", "scales": "*fp32", "M": "i32", "tiles": "i32", "padded": "i32"}
+    return [
+        Kernel(
+            f"rotate {block}", "", hadamard.rotate_kernel, {**given, "out": "*bf16"}, sizes, warps
+        ),
+        Kernel(
+            f"rotate and quantize {block}",
+            "",
+            hadamard.rotate_quantize_kernel,
+            {**given, **quantized},
+            sizes,
+            warps,
+        ),
+    ]
+
+
+def sum_kernel() -> Kernel:
+    signature = {"parts": "*fp32", "row_scale": "*fp32", "bias": "*bf16", "out": "*bf16"}
+    sizes = dict.fromkeys(("M", "N", "SPLITS"), "i32")
+    constants = {"BIAS": True, "BLOCK": 512}
+    return Kernel(
+        "sum of splits", "", linear.sum_splits_kernel, {**signature, **sizes}, constants, 4
+    )
+
+
+def all_kernels(target: str) -> list[Kernel]:
+    """Every kernel that serves on `target`, the products for every codec."""
+    device = Device("", target, 1)
+    m_tiles = sorted({m_tile_for(tokens, device) for tokens in (1, 16)})
+    products = [linear_kernel(codec, m_tile) for codec in LAYOUTS for m_tile in m_tiles]
+    rotations = [kernel for block in (64, 512, 4096) for kernel in rotation_kernels(block)]
+    return [
+        *products,
+        linear_kernel("signed-2", m_tiles[0], row_tiles=2),
+        linear_kernel("signed-2", m_tiles[0], split=True),
+        moe_kernel("signed-2"),
+        *dense_kernels("signed-2"),
+        *dense_kernels("trellis-2.25"),
+        *rotations,
+        sum_kernel(),
+    ]
+
+
+def compile_kernel(kernel: Kernel, target: GPUTarget) -> Any:
+    """The compiled kernel, all pointers and integers divisible by 16 as torch's are."""
+    constants = dict(kernel.constants)
+    names = kernel.function.arg_names
+    if "ASM" in names:
+        constants["ASM"] = target.backend == "cuda"
+    signature = {name: kernel.signature.get(name, "constexpr") for name in names}
+    source = ASTSource(
+        fn=kernel.function,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, type in kernel.signature.items()
+            if type.startswith("*")
+        },
+    )
+    options = {"num_warps": kernel.warps}
+    if kernel.registers and target.backend == "cuda":
+        options["maxnreg"] = kernel.registers
+    return triton.compile(source, target=target, options=options)
+
+
+def _run(tool: str, path: str, *options: str) -> str:
+    command = [str(TOOLS / tool), *options, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def disassemble(compiled: Any) -> tuple[list[str], int, int]:
+    """Lines of assembly, registers and stack bytes."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+        return text.splitlines(), registers, stack
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = _run("nvdisasm", file.name, "-c")
+        usage = _run("cuobjdump", file.name, "-res-usage")
+    found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    return text.splitlines(), int(found["REG"]), int(found["STACK"])
+
+
+def main_loop(lines: list[str]) -> list[str]:
+    """Instructions of the longest loop that has no loop inside; [] without loops."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in lines:
+        label = re.match(r"\s*(\.L[\w.$]*):", line)
+        if label:
+            labels[label[1]] = len(instructions)
+            continue
+        code = re.sub(r"/\*.*?\*/|\s;.*$|//.*$", "", line).strip().rstrip(" ;")
+        if not re.match(r"(@!?U?P\w+\s+)?[A-Za-z][\w.]*(\s|$)", code) or code.endswith(":"):
+            continue
+        instructions.append(code)
+        jump = re.match(r".*\b(?:BRA|s_cbranch_\w+|s_branch)\b.*?(\.L[\w.$]*)", code)
+        # A jump to itself is the padding after the end.
+        if jump and labels.get(jump[1], len(instructions)) < len(instructions) - 1:
+            loops.append((labels[jump[1]], len(instructions)))
+    inner = [
+        (start, end)
+        for start, end in loops
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+    ]
+    start, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    return instructions[start:end]
+
+
+def classify(instructions: list[str]) -> tuple[dict[str, int], list[str]]:
+    """Counts by class, and the kinds of tensor-core instructions."""
+    classes: Counter[str] = Counter()
+    kinds: set[str] = set()
+    for instruction in instructions:
+        name = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
+        head = name.split(".")[0]
+        found = next((c for c, names in CLASSES.items() if re.fullmatch(names, head)), "other")
+        classes[found] += 1
+        if found == "mma":
+            kinds.add(name)
+    return dict(classes), sorted(kinds)
+
+
+def count(kernel: Kernel, target: str) -> Count:
+    compiled = compile_kernel(kernel, TARGETS[target])
+    lines, registers, stack = disassemble(compiled)
+    loop = main_loop(lines) if kernel.loop_weights else []
+    classes, kinds = classify(loop)
+    return Count(
+        target=target,
+        kernel=kernel.name,
+        codec=kernel.codec,
+        instructions=len(loop) or None,
+        per_1024_weights=round(len(loop) * 1024 / kernel.loop_weights, 1) if loop else None,
+        classes=classes,
+        mma=kinds,
+        registers=registers,
+        stack_bytes=stack,
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def table(counts: list[Count]) -> str:
+    """Markdown, a row per kernel and codec, and per target: instructions per 1024 weights."""
+    lines = [
+        "| target | kernel | codec | per 1024 weights | registers | stack | shared | mma |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for c in counts:
+        per = "" if c.per_1024_weights is None else f"{c.per_1024_weights:g}"
+        lines.append(
+            f"| {c.target} | {c.kernel} | {c.codec} | {per} | {c.registers} | {c.stack_bytes} "
+            f"| {c.shared_bytes} | {', '.join(c.mma)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts, by class too")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--codec", nargs="+", choices=["", *LAYOUTS], help="default: all")
+    parser.add_argument("--kernel", default="", metavar="PREFIX", help="of the names of kernels")
+    args = parser.parse_args()
+    counts = [
+        count(kernel, target)
+        for target in args.target
+        for kernel in all_kernels(target)
+        if (args.codec is None or kernel.codec in args.codec)
+        and kernel.name.startswith(args.kernel)
+    ]
+    print(table(counts))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(c) for c in counts], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

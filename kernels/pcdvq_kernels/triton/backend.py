@@ -1,0 +1,101 @@
+"""The operators on prepacked weights, called by `ops` (which documents the arguments)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pcdvq_kernels.arguments import check_prepacked
+from pcdvq_kernels.triton.dequantize import embedding as embedding_rows
+from pcdvq_kernels.triton.dequantize import levels
+from pcdvq_kernels.triton.format import TILE_ROWS, format_of
+from pcdvq_kernels.triton.hadamard import rotate, rotate_quantize
+from pcdvq_kernels.triton.linear import Weight
+from pcdvq_kernels.triton.linear import linear as decode_linear
+from pcdvq_kernels.triton.tuning import describe, linear_config
+
+# Above this a dense copy of the weight is cheaper than decoding it for every 16 tokens. The copy is
+# written and read back, 34 bits per weight with the codes; in that time an H100 issues about 1170
+# instructions per 1024 weights, 17 times the 70 that 16 tokens take: the two meet at 270 tokens if
+# the copy leaves the cache, earlier if it does not (GPU.md).
+MOST_DECODE_TOKENS = 128
+SCRATCH_BYTES = 128 << 20  # of dense weight at a time
+
+
+def linear(
+    x: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    bias: Tensor | None,
+    layout: Sequence[int],
+) -> Tensor:
+    """`pcdvq::linear` with a prepacked weight.
+
+    Up to `MOST_DECODE_TOKENS` tokens activations are rounded to int8, which makes an error below
+    1 % of the output; above, the weight is decoded in parts of `SCRATCH_BYTES` for dense products
+    in x's dtype.
+    """
+    weight, block = _weight(x.shape[-1], qweight, row_scale, signs_in, codewords, layout, x)
+    n, k = row_scale.shape[0], x.shape[-1]
+    rows = x.reshape(-1, k).contiguous()
+    m = rows.shape[0]
+    if not m or not n:
+        y = x.new_empty((m, n))
+    elif m <= MOST_DECODE_TOKENS:
+        config = linear_config(m, n, k, weight.fmt, describe(x.device))
+        activations = rotate_quantize(rows, signs_in, block, config.m_tile)
+        y = decode_linear(activations, weight, bias, x.dtype, config)
+    else:
+        y = _dense_linear(rotate(rows, signs_in, block), weight, bias)
+    return y.view(*x.shape[:-1], n)
+
+
+def embedding(
+    ids: Tensor,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    layout: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`pcdvq::embedding` with a prepacked weight; ids that are no rows give NaN."""
+    k = 8 * signs_in.shape[0]
+    weight, block = _weight(k, qweight, row_scale, signs_in, codewords, layout, ids)
+    return embedding_rows(ids, weight, signs_in, block, dtype)
+
+
+def _weight(
+    in_features: int,
+    qweight: Tensor,
+    row_scale: Tensor,
+    signs_in: Tensor,
+    codewords: Tensor,
+    layout: Sequence[int],
+    like: Tensor,
+) -> tuple[Weight, int]:
+    """The layer and its Hadamard block."""
+    fields = check_prepacked(in_features, row_scale, signs_in, layout, like)
+    fmt = format_of(fields)
+    weight = Weight(qweight, codewords, row_scale, fmt)
+    weight.check(row_scale.shape[0], in_features, like.device)
+    return weight, fields.hadamard_block
+
+
+def _dense_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x (R Q)^T + b for rotated x [M, K], a bounded part of the weight at a time."""
+    m, k = x.shape
+    n = weight.row_scale.shape[0]
+    step = max(1, SCRATCH_BYTES // (x.element_size() * k * TILE_ROWS)) * TILE_ROWS
+    bias = None if bias is None else bias.to(x.dtype)
+    y = x.new_empty((m, n))
+    for first in range(0, n, step):
+        rows = slice(first, min(first + step, n))
+        dense = levels(weight, k, x.dtype, rows)
+        part = None if bias is None else bias[rows]
+        y[:, rows] = torch.nn.functional.linear(x, dense, part)
+    return y

@@ -1,0 +1,245 @@
+"""y = R Q x for few tokens: codes to tensor-core products, the weight never materialised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pcdvq_kernels.arguments import expect
+from pcdvq_kernels.triton.decode import as_int8, decode_half, load_tile, operand
+from pcdvq_kernels.triton.format import LANES, Format
+from pcdvq_kernels.triton.hadamard import QuantizedActivations
+from pcdvq_kernels.triton.tuning import INSTRUCTIONS, LinearConfig, register_limit
+
+
+@triton.jit
+def tile_products(words, table, x, tile, tiles, product, R: tl.constexpr, FMT: tl.constexpr, ASM):
+    """`product` int32 [32 R, M] plus the products of one tile of columns, but for sum(x)."""
+    SIGNS: tl.constexpr = FMT.signs
+    M: tl.constexpr = x.shape[0]
+    loaded = load_tile(words, tile, tiles, R, FMT)
+    for half in tl.static_range(2):
+        levels, masks = decode_half(loaded, table, half, FMT, ASM)
+        lane = tl.load(x + half * 4)  # [M, t, (b & 1, h)]
+        columns = tl.reshape(tl.permute(lane.to(tl.uint32, bitcast=True), [0, 2, 1]), [M, 16])
+        x_half = tl.trans(as_int8(columns))
+        product = tl.dot(operand(levels), x_half, product, out_dtype=tl.int32)
+        if SIGNS:
+            product = tl.dot(operand(masks), x_half, product, out_dtype=tl.int32)
+    return product
+
+
+@triton.jit
+def accumulate(
+    words,
+    table,
+    x,
+    scales,
+    tokens,
+    padded,
+    first,
+    last,
+    tiles,
+    R: tl.constexpr,
+    FMT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Sum over tiles `first` to `last` of levels times activations, fp32 [32 R, M].
+
+    Args:
+        words: pointer to the first of R rows of tiles.
+        x, scales: `QuantizedActivations`.
+        tokens: int32 [M], rows of x.
+        padded: rows that x has.
+    """
+    SIGNS: tl.constexpr = FMT.signs
+    M: tl.constexpr = tokens.shape[0]
+    lane = tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 4)[None, None, :]
+    x += tokens.to(tl.int64)[:, None, None] * (tiles * 32) + lane
+    scales += tokens
+    acc = tl.zeros([32 * R, M], tl.float32)
+    shift = tl.zeros([M], tl.float32)
+    for tile in tl.range(first, last, num_stages=1):
+        product = tl.zeros([32 * R, M], tl.int32)
+        product = tile_products(words, table, x + tile * 32, tile, tiles, product, R, FMT, ASM)
+        acc += product.to(tl.float32) * tl.load(scales + tile * padded)[None, :]
+        if SIGNS:
+            shift += tl.load(scales + (tiles + tile) * padded)
+    return acc + shift[None, :]
+
+
+@triton.jit
+def tile_rows(first, R: tl.constexpr):
+    """Weight rows of the rows of `operand`, from row of tiles `first` on: int32 [32 R]."""
+    d = tl.arange(0, 32 * R)
+    return first * 32 + d // 32 * 32 + d % 8 * 4 + d // 8 % 4
+
+
+@triton.jit
+def scale_rows(acc, row_scale, bias, rows, N, BIAS: tl.constexpr):
+    """Row scales and bias on [rows, M]."""
+    inside = rows < N
+    acc *= tl.load(row_scale + rows, mask=inside, other=0.0)[:, None]
+    if BIAS:
+        acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "padded", "tiles", "split_tiles"])
+def linear_kernel(
+    x,
+    scales,
+    words,
+    table,
+    row_scale,
+    bias,
+    out,
+    M,
+    N,
+    padded,
+    tiles,
+    split_tiles,
+    R: tl.constexpr,
+    M_TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    FMT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Program (g, s, m): R rows of tiles from R g on, tiles of split s, M_TILE tokens.
+
+    Writes out [M, N], or with SPLIT fp32 [splits, M, N] for `sum_splits_kernel` to finish.
+    """
+    LINE: tl.constexpr = 32 * FMT.lane_words
+    first_row = tl.program_id(0) * R
+    first = tl.program_id(1) * split_tiles
+    last = tl.minimum(first + split_tiles, tiles)
+    tokens = tl.program_id(2) * M_TILE + tl.arange(0, M_TILE)
+    words += first_row.to(tl.int64) * (tiles * LINE)
+    acc = accumulate(words, table, x, scales, tokens, padded, first, last, tiles, R, FMT, ASM)
+    rows = tile_rows(first_row, R)
+    if SPLIT:
+        out += tl.program_id(1).to(tl.int64) * M * N
+    else:
+        acc = scale_rows(acc, row_scale, bias, rows, N, BIAS)
+    to = out + tokens.to(tl.int64)[None, :] * N + rows[:, None]
+    inside = (rows < N)[:, None] & (tokens < M)[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "SPLITS"])
+def sum_splits_kernel(
+    parts, row_scale, bias, out, M, N, SPLITS, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [M, N] = sum over splits of parts fp32 [SPLITS, M, N], scaled, plus bias."""
+    token = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < N
+    acc = tl.zeros([BLOCK], tl.float32)
+    for split in range(SPLITS):
+        acc += tl.load(parts + (split * M + token) * N + rows, mask=inside, other=0.0)
+    y = tl.reshape(scale_rows(acc[:, None], row_scale, bias, rows, N, BIAS), [BLOCK])
+    tl.store(out + token * N + rows, y.to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A prepacked layer.
+
+    Attributes:
+        words: int32 `fmt.weight_shape(N, K)`; for experts [E, ...].
+        table: int8 `fmt.table_shape`.
+        row_scale: fp32 [N]; for experts [E, N].
+        fmt: how words are laid out.
+    """
+
+    words: Tensor
+    table: Tensor
+    row_scale: Tensor
+    fmt: Format
+
+    @property
+    def tiles(self) -> int:
+        """Tiles in a row of tiles."""
+        return self.words.shape[-1] // (LANES * self.fmt.lane_words)
+
+    def check(self, rows: int, columns: int, device: torch.device) -> None:
+        """Raise PCDVQError unless the tensors are those of a prepacked weight [rows, columns]."""
+        for name, tensor, dtype, shape in (
+            ("qweight", self.words, torch.int32, self.fmt.weight_shape(rows, columns)),
+            ("codewords", self.table, torch.int8, self.fmt.table_shape),
+        ):
+            expect(name, tensor, dtype, shape, device)
+
+    def entries(self) -> Tensor:
+        """The table as one integer per entry."""
+        dtypes = {8: torch.int64, 4: torch.int32, 1: torch.int8}
+        return self.table.view(dtypes[self.fmt.vector_dim]).view(-1)
+
+
+def linear(
+    x: QuantizedActivations,
+    weight: Weight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    config: LinearConfig,
+) -> Tensor:
+    """R Q x + b.
+
+    Args:
+        x: activations after signs, rotation and quantization, M tokens.
+        weight: the layer, N rows.
+        bias: float [N] or None.
+        dtype: of the result.
+        config: launch parameters.
+
+    Returns:
+        dtype [M, N].
+    """
+    m, n = x.tokens, weight.row_scale.shape[0]
+    tiles, row_tiles = weight.tiles, weight.words.shape[0]
+    split_tiles = -(-tiles // config.splits)
+    splits = -(-tiles // split_tiles)
+    out = weight.row_scale.new_empty((m, n), dtype=dtype)
+    parts = out if splits == 1 else weight.row_scale.new_empty((splits, m, n))
+    has_bias = bias is not None
+    added = weight.row_scale if bias is None else bias  # a kernel's pointer must point somewhere
+    linear_kernel[row_tiles // config.row_tiles, splits, -(-m // config.m_tile)](
+        x.values,
+        x.scales,
+        weight.words,
+        weight.entries(),
+        weight.row_scale,
+        added,
+        parts,
+        m,
+        n,
+        x.padded_tokens,
+        tiles,
+        split_tiles,
+        R=config.row_tiles,
+        M_TILE=config.m_tile,
+        SPLIT=splits > 1,
+        BIAS=has_bias,
+        FMT=weight.fmt,
+        ASM=INSTRUCTIONS,
+        num_warps=1,
+        **(register_limit() if config.row_tiles > 1 else {}),
+    )
+    if splits > 1:
+        sum_splits_kernel[m, -(-n // 512)](
+            parts,
+            weight.row_scale,
+            added,
+            out,
+            m,
+            n,
+            splits,
+            BIAS=has_bias,
+            BLOCK=512,
+        )
+    return out

@@ -1,0 +1,121 @@
+"""Grouped linear layers: every token times the weights of the experts it was routed to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pcdvq_kernels.triton.format import TILE_ROWS
+from pcdvq_kernels.triton.hadamard import rotate_quantize
+from pcdvq_kernels.triton.linear import Weight, accumulate, scale_rows, tile_rows
+from pcdvq_kernels.triton.tuning import INSTRUCTIONS, register_limit
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which token goes to which expert, as vLLM's `moe_align_block_size` says it.
+
+    An assignment is a token and one of its experts, numbered token * top_k + choice.
+
+    Attributes:
+        sorted_token_ids: int32 [blocks * block_size], assignments by expert; padding is a number
+            that is no assignment.
+        expert_ids: int32 [blocks], the expert of each block; -1 leaves its outputs 0.
+        num_tokens_post_padded: int32 [1], how many of `sorted_token_ids` are in use.
+        block_size: 8 or 16.
+        top_k: experts of a token.
+    """
+
+    sorted_token_ids: Tensor
+    expert_ids: Tensor
+    num_tokens_post_padded: Tensor
+    block_size: int
+    top_k: int
+
+
+@triton.jit(do_not_specialize=["assignments", "padded", "tiles"])
+def moe_kernel(
+    x,
+    scales,
+    words,
+    table,
+    row_scale,
+    sorted_ids,
+    expert_ids,
+    used,
+    out,
+    assignments,
+    N,
+    padded,
+    tiles,
+    TOP_K: tl.constexpr,
+    M_TILE: tl.constexpr,
+    FMT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """out [assignments, N]; program (g, m) has a row of tiles for a block of assignments."""
+    LINE: tl.constexpr = 32 * FMT.lane_words
+    block = tl.program_id(1)
+    expert = tl.load(expert_ids + block).to(tl.int64)
+    if (block * M_TILE < tl.load(used)) & (expert >= 0):
+        ids = tl.load(sorted_ids + block * M_TILE + tl.arange(0, M_TILE))
+        real = (ids >= 0) & (ids < assignments)
+        tokens = tl.where(real, ids // TOP_K, 0)
+        row = tl.program_id(0)
+        line = expert * tl.num_programs(0) + row
+        words += line * (tiles * LINE)
+        acc = accumulate(words, table, x, scales, tokens, padded, 0, tiles, tiles, 1, FMT, ASM)
+        rows = tile_rows(row, 1)
+        acc = scale_rows(acc, row_scale + expert * N, row_scale, rows, N, False)
+        to = out + ids.to(tl.int64)[None, :] * N + rows[:, None]
+        inside = (rows < N)[:, None] & real[None, :]
+        tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def moe_linear(x: Tensor, weight: Weight, signs_in: Tensor, block: int, routing: Routing) -> Tensor:
+    """y[a] = R Q H S x[token of a] with the weight of the expert of assignment a.
+
+    Args:
+        x: bf16, fp16 or fp32 [tokens, K]; a second layer takes one row per assignment and
+            `top_k` 1.
+        weight: words [E, row tiles, words] and row_scale [E, N], stacked experts that share a
+            table.
+        signs_in: uint8 [K / 8], shared by the experts, which read the same activations.
+        block: Hadamard block.
+        routing: tokens to experts.
+
+    Returns:
+        x.dtype [tokens * top_k, N]; 0 for assignments to no expert of `weight`.
+    """
+    experts, n = weight.row_scale.shape
+    activations = rotate_quantize(x.contiguous(), signs_in, block, 1)
+    assignments = x.shape[0] * routing.top_k
+    out = torch.zeros((assignments, n), dtype=x.dtype, device=x.device)
+    assert weight.words.shape[:2] == (experts, -(-n // TILE_ROWS))
+    moe_kernel[weight.words.shape[1], routing.expert_ids.shape[0]](
+        activations.values,
+        activations.scales,
+        weight.words,
+        weight.entries(),
+        weight.row_scale,
+        routing.sorted_token_ids,
+        routing.expert_ids,
+        routing.num_tokens_post_padded,
+        out,
+        assignments,
+        n,
+        activations.padded_tokens,
+        weight.tiles,
+        TOP_K=routing.top_k,
+        M_TILE=routing.block_size,
+        FMT=weight.fmt,
+        ASM=INSTRUCTIONS,
+        num_warps=1,
+        # Left to itself, the assembler spills a value around the main loop to stay at 96.
+        **register_limit(),
+    )
+    return out

@@ -30,8 +30,8 @@ struct Embedding {
     }
   }
 
-  // Row `id` of Q H S, scaled, into row `index` of the output; `row` is scratch for k floats, padded
-  // to whole units.
+  // Row `id` of Q H S, scaled, into row `index` of the output; `row` is scratch for k floats,
+  // padded to whole units.
   void look_up(const Weights& weights, const uint8_t* no_signs, int64_t index, float* row) const {
     const int64_t id = p.ids[index];
     decode(weights, id, row);

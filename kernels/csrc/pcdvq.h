@@ -17,7 +17,12 @@ enum PcdvqIsa : int32_t {
   PCDVQ_ISA_AVX512 = 3
 };
 
-enum PcdvqStatus : int32_t { PCDVQ_OK = 0, PCDVQ_NO_MEMORY = 1, PCDVQ_NO_ISA = 2, PCDVQ_BAD_ID = 3 };
+enum PcdvqStatus : int32_t {
+  PCDVQ_OK = 0,
+  PCDVQ_NO_MEMORY = 1,
+  PCDVQ_NO_ISA = 2,
+  PCDVQ_BAD_ID = 3
+};
 
 // What pcdvq_linear multiplies levels with: the rotated activations rounded to integers, a scale
 // for each 64 columns, or as they are.

@@ -206,15 +206,13 @@ def linear(
     splits = -(-tiles // split_tiles)
     out = weight.row_scale.new_empty((m, n), dtype=dtype)
     parts = out if splits == 1 else weight.row_scale.new_empty((splits, m, n))
-    has_bias = bias is not None
-    added = weight.row_scale if bias is None else bias  # a kernel's pointer must point somewhere
     linear_kernel[row_tiles // config.row_tiles, splits, -(-m // config.m_tile)](
         x.values,
         x.scales,
         weight.words,
         weight.entries(),
         weight.row_scale,
-        added,
+        weight.row_scale if bias is None else bias,
         parts,
         m,
         n,
@@ -224,22 +222,27 @@ def linear(
         R=config.row_tiles,
         M_TILE=config.m_tile,
         SPLIT=splits > 1,
-        BIAS=has_bias,
+        BIAS=bias is not None,
         FMT=weight.fmt,
         ASM=INSTRUCTIONS,
         num_warps=1,
         **(register_limit() if config.row_tiles > 1 else {}),
     )
-    if splits > 1:
-        sum_splits_kernel[m, -(-n // 512)](
-            parts,
-            weight.row_scale,
-            added,
-            out,
-            m,
-            n,
-            splits,
-            BIAS=has_bias,
-            BLOCK=512,
-        )
+    return out if splits == 1 else _sum_splits(parts, weight.row_scale, bias, out)
+
+
+def _sum_splits(parts: Tensor, row_scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """`out` [M, N], filled from parts fp32 [splits, M, N]."""
+    splits, m, n = parts.shape
+    sum_splits_kernel[m, -(-n // 512)](
+        parts,
+        row_scale,
+        row_scale if bias is None else bias,
+        out,
+        m,
+        n,
+        splits,
+        BIAS=bias is not None,
+        BLOCK=512,
+    )
     return out

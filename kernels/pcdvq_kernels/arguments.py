@@ -31,7 +31,7 @@ class LayoutFields(NamedTuple):
     magnitude_bits: int
     rotation_bits: int
     state_bits: int
-    activations: int
+    activations: int = ACTIVATIONS.index("int8")
 
     @property
     def code_bits(self) -> int:

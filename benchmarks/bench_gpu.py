@@ -15,7 +15,6 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 import triton
@@ -168,14 +167,13 @@ def marlin(n: int, k: int) -> Callable[[Tensor], Callable[[int], Tensor]] | None
 def tune(layer: Layer, n: int, k: int) -> dict[str, tuning.LinearConfig]:
     """The fastest launch parameters for up to 8 and up to 16 tokens."""
     fmt, best = layer.weight(0).fmt, {}
-    row_tiles = layer.words[0].shape[0]
     for m_tile in (8, 16):
         x = torch.randn(m_tile, k, dtype=torch.bfloat16, device="cuda")
         activations = rotate_quantize(x, layer.signs_in, layer.layout.hadamard_block, m_tile)
         candidates = [
-            tuning.LinearConfig(m_tile, rows, splits)
-            for rows, splits in product((1, 2), (1, 2, 3, 4, 6, 8, 12, 16))
-            if row_tiles % rows == 0 and splits <= layer.weight(0).tiles
+            tuning.LinearConfig(m_tile, splits)
+            for splits in (1, 2, 3, 4, 6, 8, 12, 16)
+            if splits <= layer.weight(0).tiles
         ]
         timed = {}
         for config in candidates:

@@ -117,10 +117,10 @@ def _product_signature(fmt: Format) -> dict[str, str]:
     return {**_weight_signature(fmt), "x": "*i32", "scales": "*fp32", "padded": "i32"}
 
 
-def linear_kernel(codec: str, m_tile: int = 8, row_tiles: int = 1, split: bool = False) -> Kernel:
+def linear_kernel(codec: str, m_tile: int = 8, split: bool = False) -> Kernel:
     fmt = format_of(LAYOUTS[codec])
     return Kernel(
-        f"linear {m_tile} tokens" + ", 2 rows of tiles" * (row_tiles - 1) + ", split" * split,
+        f"linear {m_tile} tokens" + ", split" * split,
         codec,
         linear.linear_kernel,
         {
@@ -130,9 +130,8 @@ def linear_kernel(codec: str, m_tile: int = 8, row_tiles: int = 1, split: bool =
             "M": "i32",
             "split_tiles": "i32",
         },
-        {"R": row_tiles, "M_TILE": m_tile, "SPLIT": split, "BIAS": True, "FMT": fmt},
-        loop_weights=row_tiles * 4096,
-        registers=MOST_REGISTERS if row_tiles > 1 else None,
+        {"M_TILE": m_tile, "SPLIT": split, "BIAS": True, "FMT": fmt},
+        loop_weights=4096,
     )
 
 
@@ -208,7 +207,6 @@ def all_kernels(target: str) -> list[Kernel]:
     rotations = [kernel for block in (64, 512, 4096) for kernel in rotation_kernels(block)]
     return [
         *products,
-        linear_kernel("signed-2", m_tiles[0], row_tiles=2),
         linear_kernel("signed-2", m_tiles[0], split=True),
         moe_kernel("signed-2"),
         *dense_kernels("signed-2"),

@@ -13,7 +13,7 @@ from pcdvq_kernels.arguments import expect
 from pcdvq_kernels.triton.decode import as_int8, decode_half, load_tile, operand
 from pcdvq_kernels.triton.format import LANES, Format
 from pcdvq_kernels.triton.hadamard import QuantizedActivations
-from pcdvq_kernels.triton.tuning import INSTRUCTIONS, LinearConfig, register_limit
+from pcdvq_kernels.triton.tuning import INSTRUCTIONS, LinearConfig
 
 
 @triton.jit
@@ -103,25 +103,24 @@ def linear_kernel(
     padded,
     tiles,
     split_tiles,
-    R: tl.constexpr,
     M_TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     BIAS: tl.constexpr,
     FMT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Program (g, s, m): R rows of tiles from R g on, tiles of split s, M_TILE tokens.
+    """Program (g, s, m): row of tiles g, tiles of split s, M_TILE tokens.
 
     Writes out [M, N], or with SPLIT fp32 [splits, M, N] for `sum_splits_kernel` to finish.
     """
     LINE: tl.constexpr = 32 * FMT.lane_words
-    first_row = tl.program_id(0) * R
+    row = tl.program_id(0)
     first = tl.program_id(1) * split_tiles
     last = tl.minimum(first + split_tiles, tiles)
     tokens = tl.program_id(2) * M_TILE + tl.arange(0, M_TILE)
-    words += first_row.to(tl.int64) * (tiles * LINE)
-    acc = accumulate(words, table, x, scales, tokens, padded, first, last, tiles, R, FMT, ASM)
-    rows = tile_rows(first_row, R)
+    words += row.to(tl.int64) * (tiles * LINE)
+    acc = accumulate(words, table, x, scales, tokens, padded, first, last, tiles, 1, FMT, ASM)
+    rows = tile_rows(row, 1)
     if SPLIT:
         out += tl.program_id(1).to(tl.int64) * M * N
     else:
@@ -206,7 +205,7 @@ def linear(
     splits = -(-tiles // split_tiles)
     out = weight.row_scale.new_empty((m, n), dtype=dtype)
     parts = out if splits == 1 else weight.row_scale.new_empty((splits, m, n))
-    linear_kernel[row_tiles // config.row_tiles, splits, -(-m // config.m_tile)](
+    linear_kernel[row_tiles, splits, -(-m // config.m_tile)](
         x.values,
         x.scales,
         weight.words,
@@ -219,14 +218,12 @@ def linear(
         x.padded_tokens,
         tiles,
         split_tiles,
-        R=config.row_tiles,
         M_TILE=config.m_tile,
         SPLIT=splits > 1,
         BIAS=bias is not None,
         FMT=weight.fmt,
         ASM=INSTRUCTIONS,
         num_warps=1,
-        **(register_limit() if config.row_tiles > 1 else {}),
     )
     return out if splits == 1 else _sum_splits(parts, weight.row_scale, bias, out)
 

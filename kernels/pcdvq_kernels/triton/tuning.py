@@ -35,12 +35,10 @@ class LinearConfig:
 
     Attributes:
         m_tile: tokens of a program, 8 or 16; more would not leave room for two sums in registers.
-        row_tiles: rows of tiles of a program, 1 or 2; must divide the weight's.
         splits: parts that the columns are cut into, summed by a second launch.
     """
 
     m_tile: int
-    row_tiles: int = 1
     splits: int = 1
 
 

@@ -73,7 +73,7 @@ def test_columns(codec: str, k: int) -> None:
 def test_long_rows_of_every_split() -> None:
     case = random_case("signed-8x16", 9, 64, 1536, bias=True)
     x = rotate_quantize(case.x, case.signs_in, case.block, 16)
-    for config in (LinearConfig(16), LinearConfig(16, splits=5), LinearConfig(16, row_tiles=2)):
+    for config in (LinearConfig(16), LinearConfig(16, splits=5)):
         y = linear(x, weight(case), case.bias, torch.float32, config)
         assert relative_error(y, case) < INT8_ERROR
 
@@ -190,5 +190,5 @@ def test_every_processor_gets_its_warps() -> None:
     fmt = format_of(LayoutFields(*random_case("signed-8x16", 1, 8, 72).args()[-1]))
     gpu = Device("some GPU", "sm_90", 132)
     few = linear_config(1, 4096, 4096, fmt, gpu)
-    assert few == LinearConfig(m_tile=8, row_tiles=1, splits=8)
+    assert few == LinearConfig(m_tile=8, splits=8)
     assert linear_config(16, 128256, 4096, fmt, gpu) == LinearConfig(16)

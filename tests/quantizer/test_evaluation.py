@@ -280,7 +280,7 @@ def test_models_that_do_not_fit(
     original: Path, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     common = {"text": text, "window": WINDOW}
-    refused(original, "name that with --reference", tasks=("kl",), **common)
+    refused(original, "name it with --reference", tasks=("kl",), **common)
     other = save_model(tmp_path / "other", tiny_config(vocab_size=320))
     kl = {"tasks": ("kl",), **common}
     refused(checkpoint, "has 256 tokens, the reference 320", reference=str(other), **kl)

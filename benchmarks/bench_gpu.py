@@ -26,10 +26,11 @@ from pcdvq_kernels.triton import tuning
 from pcdvq_kernels.triton.format import format_of
 from pcdvq_kernels.triton.hadamard import rotate_quantize
 from pcdvq_kernels.triton.linear import Weight, linear
-from pcdvq_quantizer.codebooks import OFFERED, get_codebook
+from pcdvq_quantizer.codebooks import get_codebook
 from torch import Tensor
 
-CODECS = {f"{codec}-{bits:g}": (codec, bits) for codec in OFFERED for bits in OFFERED[codec]}
+from bench_kernels import CODECS
+
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672)]
 TOLERANCE = 0.015  # norm of the error over the output's: int8 activations and bf16 results
 CHECKED_ROWS = 512

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from pcdvq_quantizer.serving import vllm_command, vllm_environment
 
 READY_POLL_SECONDS = 0.5
 
@@ -62,10 +62,7 @@ def running_server(
         ServerError: it ended or was not ready in time.
     """
     port = _free_port()
-    serve = ["serve", str(model), "--port", str(port), *arguments]
-    if quantization is not None:
-        serve += ["--quantization", quantization]
-    command = [str(Path(sys.executable).with_name("vllm")), *serve]
+    command = vllm_command(str(model), ["--port", str(port), *arguments], quantization)
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -84,9 +81,8 @@ def running_server(
 
 
 def server_environment() -> dict[str, str]:
-    """Environment of a server that computes on every CPU core; vLLM would leave one out."""
-    environment = dict(os.environ)
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
+    """That of `pcdvq serve`, with little memory for the KV cache."""
+    environment = vllm_environment()
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return environment
 

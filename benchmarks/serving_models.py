@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pcdvq_kernels.checkpoint import CODEBOOK_FILE
-from pcdvq_kernels.config import FORMAT_VERSION, QUANT_METHOD
-from pcdvq_kernels.hadamard import choose_block
-from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook
-from safetensors.torch import save_file
+from pcdvq_quantizer.plan import NONE, QuantizeOptions, plan_source
+from pcdvq_quantizer.sources import SafetensorsSource
+from pcdvq_quantizer.writer import save_codebooks
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
 
 from demo import smollm2_gguf
 
-MAX_TP = 8
 SHAPES = {
     "llama-1b": LlamaConfig(
         hidden_size=2048,
@@ -58,7 +55,7 @@ class System:
     quantization: dict[str, Any] | None = None
     bits: float = 0
     codec: str = "trellis"
-    embedding_bits: float = 16
+    embedding_bits: int = 16
 
 
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -103,17 +100,13 @@ def prepare(model: str, system: System, name: str, work: Path) -> Served:
     base = work / model
     if not base.exists():
         _write_base(model, base)
-    if model == "smollm2" and system.quantization is None:
-        if not system.bits:
-            return Served(base, real=True)
-        out = work / f"{model} {name}".replace(" ", "-").replace(",", "")
-        if not out.exists():
-            _quantize(base, out, system)
-        return Served(out, real=True)
+    real = model == "smollm2" and system.quantization is None
+    if real and not system.bits:
+        return Served(base, real)
     out = work / f"{model} {name}".replace(" ", "-").replace(",", "")
     if not out.exists():
-        _write_shape(base, out, system)
-    return Served(out, real=False)
+        (_quantize if real else _write_shape)(base, out, system)
+    return Served(out, real)
 
 
 def _write_base(model: str, base: Path) -> None:
@@ -158,41 +151,16 @@ def _write_shape(base: Path, out: Path, system: System) -> None:
 
 def _write_codebooks(base: Path, out: Path, system: System) -> dict[str, Any]:
     """Write the codebook file of `system` and return its `quantization_config`."""
-    hf_config = LlamaConfig.from_pretrained(base)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
-    linears = {
-        name: module.in_features
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
-    book = get_codebook(system.codec, system.bits)
-    books = {book.id: book}
-    layers = dict.fromkeys(linears, book.id)
-    roles = {}
-    if system.embedding_bits < 16:
-        head = get_codebook(system.codec, system.embedding_bits)
-        books[head.id] = head
-        roles = {"embedding": "model.embed_tokens"}
-        layers[roles["embedding"]] = head.id
-        linears[roles["embedding"]] = hf_config.hidden_size
-    save_file(_tables(books), out / CODEBOOK_FILE)
-    sizes = sorted(set(linears.values()))
-    return {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "codebooks": {id: each.codebook.spec.model_dump() for id, each in books.items()},
-        "layers": layers,
-        "hadamard_blocks": {str(size): choose_block(size, MAX_TP) for size in sizes},
-        "max_tp": MAX_TP,
-        "modules_to_not_convert": [] if roles else ["lm_head"],
-        **roles,
-    }
-
-
-def _tables(books: dict[str, NamedCodebook]) -> dict[str, torch.Tensor]:
-    tables = {}
-    for id, book in books.items():
-        tables[f"{id}.directions"] = book.codebook.directions
-        tables[f"{id}.magnitudes"] = book.codebook.magnitudes
-    return tables
+        model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(base))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    config = json.loads((base / "config.json").read_text())
+    options = QuantizeOptions(
+        bits=system.bits,
+        codec=system.codec,
+        embedding_bits=system.embedding_bits,
+        calibration=NONE,
+    )
+    plan = plan_source(SafetensorsSource(base.name, base, config, shapes, {}, {}), options)
+    save_codebooks(plan.distinct_codebooks, out)
+    return plan.config.model_dump(exclude_none=True)

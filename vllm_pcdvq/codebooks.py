@@ -75,6 +75,7 @@ class CodebookStore:
 
     def __init__(self, codebooks: dict[str, Codebook]) -> None:
         self._tables: dict[str, tuple[CodebookSpec, np.ndarray, np.ndarray]] = {}
+        self._codebooks: dict[tuple[str, torch.device], Codebook] = {}
         self._codewords: dict[tuple[str, torch.device], torch.Tensor] = {}
         self.replace(codebooks)
 
@@ -82,17 +83,18 @@ class CodebookStore:
         """Take other tables of the same shapes; layers that share codewords see them at once."""
         for id, book in codebooks.items():
             self._tables[id] = book.spec, book.directions.numpy(), book.magnitudes.numpy()
+        self._codebooks.clear()
         for (id, device), codewords in self._codewords.items():
             codewords.copy_(self._served(id, device))
 
     def codebook(self, id: str, device: torch.device) -> Codebook:
         """The tables of codebook `id` on `device`."""
-        spec, directions, magnitudes = self._tables[id]
-        return Codebook(
-            spec,
-            torch.as_tensor(directions, device=device),
-            torch.as_tensor(magnitudes, device=device),
-        )
+        key = id, device
+        if key not in self._codebooks:
+            spec, *tables = self._tables[id]
+            on_device = (torch.as_tensor(table, device=device) for table in tables)
+            self._codebooks[key] = Codebook(spec, *on_device)
+        return self._codebooks[key]
 
     def codewords(self, id: str, device: torch.device) -> torch.Tensor:
         """The one tensor that all layers on `device` share: the op's argument `codewords`."""
@@ -109,4 +111,4 @@ class CodebookStore:
         return prepack_codewords(codebook.codewords(), codebook.spec)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_tables": self._tables, "_codewords": {}}
+        return {"_tables": self._tables, "_codebooks": {}, "_codewords": {}}

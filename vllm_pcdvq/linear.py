@@ -6,12 +6,12 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pcdvq_kernels import cpu, reference
+from pcdvq_kernels import reference
 from pcdvq_kernels.checkpoint import PACKED_TENSORS, QWEIGHT, REMEDY, ROW_SCALE, SIGNS_IN
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from pcdvq_kernels.hadamard import choose_block
-from pcdvq_kernels.ops import Layout, prepack_weight, prepacks
+from pcdvq_kernels.ops import Layout, kernels_for, prepack_weight
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
@@ -200,15 +200,6 @@ class CheckedUnquantizedLinearMethod(UnquantizedLinearMethod):
                 f"{REMEDY}"
             )
         super().process_weights_after_loading(layer)
-
-
-def kernels_for(device: torch.device) -> str:
-    """What runs the op for tensors on `device`, for the log."""
-    if prepacks(device):
-        return f"triton on {device.type}"
-    if device.type == "cpu" and cpu.available():
-        return f"cpu {cpu.isas()[-1]}"
-    return f"torch on {device.type} (slow)"
 
 
 def check_split(

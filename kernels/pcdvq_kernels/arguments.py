@@ -9,7 +9,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pcdvq_kernels.config import Activations
+from pcdvq_kernels.config import DEFAULT_ACTIVATIONS, Activations
 from pcdvq_kernels.errors import PCDVQError
 
 MAX_CODE_BITS = 24
@@ -31,7 +31,7 @@ class LayoutFields(NamedTuple):
     magnitude_bits: int
     rotation_bits: int
     state_bits: int
-    activations: int = ACTIVATIONS.index("int8")
+    activations: int = ACTIVATIONS.index(DEFAULT_ACTIVATIONS)
 
     @property
     def code_bits(self) -> int:

@@ -38,6 +38,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -91,6 +92,15 @@ def prepacks(device: torch.device) -> bool:
     return device.type == "cuda" and backend != "torch"
 
 
+def kernels_for(device: torch.device) -> str:
+    """What computes with weights on `device`, for people to read."""
+    if prepacks(device):
+        return f"triton on {device.type}"
+    if device.type == "cpu" and cpu.available():
+        return f"cpu {cpu.isas()[-1]}"
+    return f"torch on {device.type} (slow)"
+
+
 def prepack_weight(qweight: Tensor, codewords: Tensor, layout: Layout, in_features: int) -> Tensor:
     """`qweight` uint8 [N, row_bytes] in the form its device computes with; see `prepacks`."""
     if not prepacks(qweight.device):
@@ -109,6 +119,15 @@ def prepack_codewords(codewords: Tensor, spec: CodebookSpec) -> Tensor:
     return prepack.prepack_codewords(codewords, Layout(1, spec).to_ints())
 
 
+def _kernels(qweight: Tensor, on_cpu: bool) -> ModuleType:
+    """The module whose `linear` and `embedding` compute with `qweight`."""
+    if qweight.dtype == torch.int32:
+        from pcdvq_kernels.triton import backend
+
+        return backend
+    return cpu if on_cpu and cpu.available() else fallback
+
+
 def _linear(
     x: Tensor,
     qweight: Tensor,
@@ -118,23 +137,7 @@ def _linear(
     bias: Tensor | None,
     layout: Sequence[int],
 ) -> Tensor:
-    if qweight.dtype == torch.int32:
-        from pcdvq_kernels.triton import backend
-
-        return backend.linear(x, qweight, row_scale, signs_in, codewords, bias, layout)
-    return fallback.linear(x, qweight, row_scale, signs_in, codewords, bias, layout)
-
-
-def _linear_cpu(
-    x: Tensor,
-    qweight: Tensor,
-    row_scale: Tensor,
-    signs_in: Tensor,
-    codewords: Tensor,
-    bias: Tensor | None,
-    layout: Sequence[int],
-) -> Tensor:
-    run = cpu.linear if qweight.dtype == torch.uint8 and cpu.available() else _linear
+    run = _kernels(qweight, x.is_cpu).linear
     return run(x, qweight, row_scale, signs_in, codewords, bias, layout)
 
 
@@ -159,23 +162,7 @@ def _embedding(
     layout: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    if qweight.dtype == torch.int32:
-        from pcdvq_kernels.triton import backend
-
-        return backend.embedding(ids, qweight, row_scale, signs_in, codewords, layout, dtype)
-    return fallback.embedding(ids, qweight, row_scale, signs_in, codewords, layout, dtype)
-
-
-def _embedding_cpu(
-    ids: Tensor,
-    qweight: Tensor,
-    row_scale: Tensor,
-    signs_in: Tensor,
-    codewords: Tensor,
-    layout: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    run = cpu.embedding if qweight.dtype == torch.uint8 and cpu.available() else _embedding
+    run = _kernels(qweight, ids.is_cpu).embedding
     return run(ids, qweight, row_scale, signs_in, codewords, layout, dtype)
 
 
@@ -204,8 +191,6 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear", _linear_cpu, "CPU")
 _LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
-_LIBRARY.impl("embedding", _embedding_cpu, "CPU")
 torch.library.register_fake("pcdvq::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("pcdvq::embedding", _embedding_fake, lib=_LIBRARY)

@@ -331,10 +331,11 @@ def serve(
         options = QuantizeOptions(bits=bits, codec=codec.value, calibration=calibration)
         with console.status(f"Opening {model}"):
             plan = make_plan(model, options)
-        checkpoint = str(cached_checkpoint(plan))
-        if not is_checkpoint(checkpoint):
+        cached = cached_checkpoint(plan)
+        if not cached.exists():
             with Bars(console) as bars:
-                quantize_model(plan, Path(checkpoint), progress=bars)
+                quantize_model(plan, cached, progress=bars)
+        checkpoint = str(cached)
     command = vllm_command(checkpoint, context.args)
     console.print(shlex.join(command), highlight=False, soft_wrap=True)
     try:

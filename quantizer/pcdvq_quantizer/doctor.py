@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -12,10 +11,12 @@ from importlib.util import find_spec
 import torch
 from packaging.requirements import Requirement
 from pcdvq_kernels import cpu
+from pcdvq_kernels.ops import kernels_for
+
+from pcdvq_quantizer.serving import THREADS_BIND, all_cores
 
 DISTRIBUTION = "vllm-pcdvq"
 PLUGIN_GROUP = "vllm.general_plugins"
-THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,10 @@ def _torchvision() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    if torch.cuda.is_available():
-        yield Finding("kernels", f"Triton on {torch.cuda.get_device_name()}")
-    elif cpu.available():
-        yield Finding("kernels", f"C++ for {cpu.isas()[-1]} on {platform.machine()}")
-    else:
-        yield Finding("kernels", "torch, very slow", cpu.unavailable_message())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lacks_cpu_kernels = device.type == "cpu" and not cpu.available()
+    remedy = cpu.unavailable_message() if lacks_cpu_kernels else ""
+    yield Finding("kernels", kernels_for(device), remedy)
 
 
 def _threads() -> Iterator[Finding]:
@@ -95,8 +94,7 @@ def _threads() -> Iterator[Finding]:
     if bound:
         yield Finding("threads", f"{THREADS_BIND}={bound}, {cores} cores")
     else:
-        ids = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        remedy = f"export {THREADS_BIND}={ids}; by default vLLM leaves a core out"
+        remedy = f"export {THREADS_BIND}={all_cores()}; by default vLLM leaves a core out"
         yield Finding("threads", f"not bound, {cores} cores", remedy)
 
 

@@ -173,13 +173,17 @@ def make_plan(model: str, options: QuantizeOptions) -> Plan:
         PCDVQError: the model, the rate or the codec cannot be served.
     """
     options.check()
+    return plan_source(open_source(model), options)
+
+
+def plan_source(source: Source, options: QuantizeOptions) -> Plan:
+    """`make_plan` for an open model and options that were checked."""
     rate = offered_rates(options.codec)[0] if options.is_mixed else options.bits
     codebook = get_codebook(options.codec, rate)
     embedding_codebook = get_embedding_codebook(options.embedding_bits)
-    source = open_source(model)
     if method := source.config.get("quantization_config", {}).get("quant_method"):
         raise PCDVQError(
-            f"{model} is already quantized ({method}); quantize the original model instead"
+            f"{source.name} is already quantized ({method}); quantize the original model instead"
         )
     selection = select_layers(
         source, DEFAULT_SKIP + options.skip, embeddings=embedding_codebook is not None

@@ -12,27 +12,26 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from pcdvq_kernels.checkpoint import read_json
+from pcdvq_kernels.cache import cache_directory
+from pcdvq_kernels.checkpoint import read_quantization_config
 from pcdvq_kernels.config import QUANT_METHOD
 
-from pcdvq_quantizer.cache import cache_directory
-from pcdvq_quantizer.doctor import THREADS_BIND
 from pcdvq_quantizer.plan import Plan
+
+THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def is_checkpoint(model: str) -> bool:
     """Whether `model` is a PCDVQ checkpoint: a directory, or a repository of the Hub."""
-    path = Path(model).expanduser()
-    config = path / "config.json"
-    if not path.exists():
+    directory = Path(model).expanduser()
+    if not directory.exists():
         try:
-            config = Path(hf_hub_download(model, "config.json"))
+            directory = Path(hf_hub_download(model, "config.json")).parent
         except (OSError, ValueError):
             return False
-    if not config.is_file():
+    if not (directory / "config.json").is_file():
         return False
-    method = (read_json(config).get("quantization_config") or {}).get("quant_method")
-    return method == QUANT_METHOD
+    return read_quantization_config(directory).get("quant_method") == QUANT_METHOD
 
 
 def cached_checkpoint(plan: Plan) -> Path:
@@ -43,20 +42,31 @@ def cached_checkpoint(plan: Plan) -> Path:
     return cache_directory() / "models" / f"{name}-{plan.options.bits:g}bit-{key}"
 
 
-def vllm_command(checkpoint: str, arguments: Sequence[str]) -> list[str]:
-    """`vllm serve` of the environment that this runs in; `arguments` are the user's for it."""
+def vllm_command(
+    checkpoint: str, arguments: Sequence[str], quantization: str | None = QUANT_METHOD
+) -> list[str]:
+    """`vllm serve` of the environment that this runs in.
+
+    Args:
+        checkpoint: the model.
+        arguments: more arguments of `vllm serve`.
+        quantization: its method; None for the one that the model's configuration names.
+    """
     vllm = Path(sys.executable).with_name("vllm")
-    return [
-        str(vllm) if vllm.exists() else "vllm",
-        *("serve", checkpoint, "--quantization", QUANT_METHOD),
-        *arguments,
-    ]
+    command = [str(vllm) if vllm.exists() else "vllm", "serve", checkpoint]
+    if quantization is not None:
+        command += ["--quantization", quantization]
+    return [*command, *arguments]
 
 
 def vllm_environment() -> dict[str, str]:
     """This process's environment; on a CPU vLLM computes on every core, unless the user says."""
     environment = dict(os.environ)
     if not torch.cuda.is_available():
-        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        environment.setdefault(THREADS_BIND, cores)
+        environment.setdefault(THREADS_BIND, all_cores())
     return environment
+
+
+def all_cores() -> str:
+    """The cores this process may use, as `THREADS_BIND` takes them."""
+    return ",".join(map(str, sorted(os.sched_getaffinity(0))))

@@ -180,11 +180,7 @@ class CheckpointWriter:
             total += summary["bytes"]
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json_whole(self._partial / INDEX_FILE, index)
-        tables = {}
-        for named in codebooks:
-            tables[f"{named.id}.directions"] = named.codebook.directions.contiguous()
-            tables[f"{named.id}.magnitudes"] = named.codebook.magnitudes.contiguous()
-        save_whole(tables, self._partial / CODEBOOK_FILE, None)
+        save_codebooks(codebooks, self._partial)
         return errors
 
     def write_json(self, file: str, value: Any) -> None:
@@ -217,6 +213,15 @@ class CheckpointWriter:
 
     def _layer_path(self, name: str) -> Path:
         return self._partial / LAYER_DIR / f"{name}.safetensors"
+
+
+def save_codebooks(codebooks: list[NamedCodebook], directory: Path) -> None:
+    """Write the codebook file of a checkpoint."""
+    tables = {}
+    for named in codebooks:
+        tables[f"{named.id}.directions"] = named.codebook.directions.contiguous()
+        tables[f"{named.id}.magnitudes"] = named.codebook.magnitudes.contiguous()
+    save_whole(tables, directory / CODEBOOK_FILE)
 
 
 def save_whole(

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpretation import run_interpreted
 
 INTERPRETED = Path(__file__).parent / "interpreted"
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in INTERPRETED.glob("test_*.py")))
 def test_interpreted(file: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", INTERPRETED / file]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PCDVQ_BACKEND": "triton"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted(INTERPRETED / file)
 
 
 def test_not_collected_without_the_interpreter() -> None:

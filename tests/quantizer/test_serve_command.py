@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+from models import save_model, tiny_config
 from pcdvq_kernels.checkpoint import open_checkpoint
 from pcdvq_quantizer import cli, serving
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 
@@ -33,17 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[list[st
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return save_model(tmp_path / "model", tiny_config(num_hidden_layers=1))
 
 
 def serve(*arguments: object) -> Result:

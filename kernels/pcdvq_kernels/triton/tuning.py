@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from pcdvq_kernels.cache import cache_directory
 from pcdvq_kernels.triton.format import TILE_COLUMNS, TILE_ROWS, Format
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -103,8 +104,7 @@ def tuning_key(m_tile: int, rows: int, columns: int, fmt: Format) -> str:
 
 def cache_path() -> Path:
     """Where measured parameters are kept: JSON, device name to `tuning_key` to parameters."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "pcdvq" / "triton.json"
+    return cache_directory() / "triton.json"
 
 
 @cache

@@ -125,14 +125,15 @@ class _Trace:
         stages, stream = [], sequence[None]
         for number, (names, x, y) in enumerate(groups):
             stage = Stage(tuple(names), [x.flatten(0, -2)])
-            may_add = len(names) == 1 and y.shape == stream.shape
-            if may_add and known:
-                adds = number < len(known) and known[number].residual is not None
-            else:
-                adds = may_add and any(_equal(stream + y, state) for state in states)
-            if adds:
-                stage.residual = [stream[0]]
-                stream = stream + y
+            after = stream + y if len(names) == 1 and y.shape == stream.shape else None
+            if after is not None:
+                if number < len(known):
+                    adds = known[number].residual is not None
+                else:
+                    adds = any(_equal(after, state) for state in states)
+                if adds:
+                    stage.residual = [stream[0]]
+                    stream = after
             stages.append(stage)
         self._seen.clear()
         self._child_inputs.clear()

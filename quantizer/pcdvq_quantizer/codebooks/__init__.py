@@ -11,13 +11,13 @@ from importlib import resources
 from pathlib import Path
 
 import torch
+from pcdvq_kernels.cache import cache_directory
 from pcdvq_kernels.codebook import Codebook, int8_directions
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pcdvq_quantizer.cache import cache_directory
 from pcdvq_quantizer.codebooks.e8 import make_e8_tables
 from pcdvq_quantizer.encode import Encoder
 

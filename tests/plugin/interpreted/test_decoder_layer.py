@@ -20,6 +20,7 @@ from bare_layers import (
     make_parts,
     tensor_parallel,
 )
+from pcdvq_kernels.ops import kernels_for
 from random_checkpoint import INT8, SIGNED, TRELLIS, random_layer
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import (
@@ -31,7 +32,6 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_pcdvq.config import PCDVQConfig
-from vllm_pcdvq.linear import kernels_for
 
 HIDDEN, INNER, HEAD, BLOCK = 128, 256, 32, 64
 SHARDS = {"qkv_proj": {"q": 128, "k": 64, "v": 64}, "gate_up_proj": {0: INNER, 1: INNER}}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ DTYPE_BYTES = {
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
 }
 REMEDY = "The checkpoint is damaged or incomplete: copy it again or quantize again."
+# A model of 100,000 layers stays below it.
+MOST_JSON_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -135,17 +140,58 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: the file is missing or not a JSON object.
+        CheckpointError: the file is missing, too large or not a JSON object, or an object in it has
+            a key twice.
     """
+    _check_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. {REMEDY}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        if (size := path.stat().st_size) > MOST_JSON_BYTES:
+            raise CheckpointError(
+                f"{path} has {size} bytes, over the limit of {MOST_JSON_BYTES}. {REMEDY}"
+            )
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). {REMEDY}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}). {REMEDY}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object. {REMEDY}")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file: readers differ in which of two equal keys they take."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return value
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, as safetensors' `safe_open` for torch does.
+
+    Raises:
+        CheckpointError: the file is missing, not a safetensors file, or a tensor that is asked for
+            has a dtype that torch does not know.
+    """
+    _check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). {REMEDY}") from None
+
+
+def _check_file(path: Path) -> None:
+    """Raise CheckpointError unless `path` is a regular file; to read a pipe would take for ever."""
+    if not path.is_file():
+        state = "is not a regular file" if os.path.lexists(path) else "is missing"
+        raise CheckpointError(f"{path} {state}. {REMEDY}")
 
 
 def read_quantization_config(directory: Path) -> dict[str, Any]:
@@ -162,48 +208,52 @@ def load_codebooks(path: Path, config: PCDVQCheckpointConfig) -> dict[str, Codeb
     Raises:
         CheckpointError: a table is missing, of another shape or dtype, or out of the limits.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            wanted = {f"{id}.{table}" for id in config.codebooks for table in _TABLES}
-            _compare(f"{path}", wanted, names)
-            return {
-                id: Codebook(spec, *(file.get_tensor(f"{id}.{table}") for table in _TABLES))
-                for id, spec in config.codebooks.items()
-            }
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. {REMEDY}") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}). {REMEDY}") from None
+    with open_tensors(path) as file:
+        wanted = {f"{id}.{table}" for id in config.codebooks for table in _TABLES}
+        _compare(f"{path}", wanted, set(file.keys()))
+        return {
+            id: Codebook(spec, *(file.get_tensor(f"{id}.{table}") for table in _TABLES))
+            for id, spec in config.codebooks.items()
+        }
 
 
 _TABLES = ("directions", "magnitudes")
 
 
-def _read_headers(directory: Path) -> dict[str, TensorInfo]:
-    """Headers of every shard of the index; each must hold what the index says, no more."""
+def read_index(directory: Path) -> tuple[dict[str, set[str]], dict[str, Any]]:
+    """The index of a model directory.
+
+    Returns:
+        File name to names of its tensors, and the whole index.
+
+    Raises:
+        CheckpointError: there is none, or it names something that is no file of the directory.
+    """
     index = read_json(directory / INDEX_FILE)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{directory / INDEX_FILE} has no weight_map. {REMEDY}")
     shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{INDEX_FILE}: {shard!r} is not a file name. {REMEDY}")
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            raise CheckpointError(
+                f"{INDEX_FILE}: {shard!r} is not the name of a safetensors file. {REMEDY}"
+            )
         shards.setdefault(shard, set()).add(name)
+    return shards, index
+
+
+def _read_headers(directory: Path) -> dict[str, TensorInfo]:
+    """Headers of every shard of the index; each must hold what the index says, no more."""
+    shards, index = read_index(directory)
     tensors: dict[str, TensorInfo] = {}
     for shard, expected in shards.items():
         path = directory / shard
-        try:
-            with safe_open(path, framework="pt") as file:
-                _compare(f"{path}", expected, set(file.keys()))
-                for name in expected:
-                    view = file.get_slice(name)
-                    tensors[name] = TensorInfo(path, view.get_dtype(), tuple(view.get_shape()))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing. {REMEDY}") from None
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} cannot be read ({error}). {REMEDY}") from None
+        with open_tensors(path) as file:
+            _compare(f"{path}", expected, set(file.keys()))
+            for name in expected:
+                view = file.get_slice(name)
+                tensors[name] = TensorInfo(path, view.get_dtype(), tuple(view.get_shape()))
     _check_total(index.get("metadata"), sum(tensor.bytes for tensor in tensors.values()))
     return tensors
 

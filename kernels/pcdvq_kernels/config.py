@@ -12,6 +12,8 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "pcdvq"
 # Rows of a weight that a trellis chain runs through before it starts over (FORMAT.md).
 SEGMENT_ROWS = 16
+# That one message names.
+MOST_PROBLEMS = 4
 # What kernels may round activations to (FORMAT.md).
 Activations = Literal["int8", "int16", "float"]
 DEFAULT_ACTIVATIONS: Activations = "int8"
@@ -106,6 +108,9 @@ class PCDVQCheckpointConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> PCDVQCheckpointConfig:
+        for name in (*self.codebooks, *self.layers, *self.modules_to_not_convert):
+            if not name.isprintable():
+                raise ValueError(f"the name {name!r} has characters that cannot be printed")
         for layer, codebook in self.layers.items():
             if codebook not in self.codebooks:
                 known = ", ".join(sorted(self.codebooks))
@@ -146,7 +151,7 @@ class PCDVQCheckpointConfig(BaseModel):
         except ValidationError as error:
             lines = [
                 f"{'.'.join(map(str, item['loc'])) or 'quantization_config'}: {item['msg']}"
-                for item in error.errors()
+                for item in error.errors()[:MOST_PROBLEMS]
             ]
             raise CheckpointError(
                 "bad quantization_config in config.json: " + "; ".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ import typer
 from pcdvq_kernels.errors import PCDVQError
 from rich.console import Console
 from rich.progress import Progress, TextColumn
+from rich.text import Text
 
 from pcdvq_quantizer.bars import Bars
 
@@ -25,7 +27,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize language models to 2-4 bits per weight for vLLM (PCDVQ).",
 )
-console = Console()
+# Without markup: what is printed has names in it that may look like some.
+console = Console(markup=False)
+
+
+@dataclass
+class Options:
+    """Of all commands."""
+
+    debug: bool = False
+
+
+shared = Options()
 
 
 class Codec(StrEnum):
@@ -37,10 +50,11 @@ class Codec(StrEnum):
 
 @app.callback()
 def _options(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="PCDVQ_DEBUG", help="Show tracebacks of errors.")
+    ] = False,
 ) -> None:
-    context.obj = debug
+    shared.debug = debug
 
 
 @app.command()
@@ -208,7 +222,7 @@ def evaluate_model(
     if json is not None and not json.absolute().parent.is_dir():
         raise PCDVQError(f"--json: there is no directory {json.parent}; create it first")
     to_stdout = json == Path("-")
-    shown = Console(stderr=True) if to_stdout else console
+    shown = Console(stderr=True, markup=False) if to_stdout else console
     options = EvaluateOptions(
         tasks=tuple(filter(None, (task.strip() for task in tasks.split(",")))),
         text=text,
@@ -361,14 +375,24 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run the command; a `PCDVQError` is one sentence, not a traceback."""
+    """Run the command; an error is one line, its traceback is for --debug."""
     try:
         app(standalone_mode=True)
-    except PCDVQError as error:
-        if "--debug" in sys.argv:
+    except Exception as error:
+        if shared.debug:
             raise
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        shown = Text.assemble(("error:", "red"), " ", _describe(error))
+        Console(stderr=True).print(shown, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _describe(error: Exception) -> str:
+    """One line for the user; only a `PCDVQError` knows the remedy."""
+    if isinstance(error, PCDVQError):
+        return str(error)
+    first_line = next(iter(str(error).splitlines()), "no message")
+    again = shlex.join(["pcdvq", "--debug", *sys.argv[1:]])
+    return f"{type(error).__name__}: {first_line} (unexpected; to see where, run: {again})"
 
 
 if __name__ == "__main__":

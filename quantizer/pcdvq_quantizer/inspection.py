@@ -7,8 +7,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint, open_checkpoint, read_json
+from pcdvq_kernels.errors import CheckpointError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
+
+
+class _Error(BaseModel):
+    weight: float
+
+
+class _Run(BaseModel):
+    """What is shown of `REPORT_FILE`."""
+
+    errors: dict[str, _Error] = {}
 
 
 @dataclass(frozen=True)
@@ -113,5 +125,12 @@ def _recorded_errors(directory: Path) -> dict[str, float]:
     """Relative errors from the report, {} if the checkpoint came without one."""
     if not (directory / REPORT_FILE).exists():
         return {}
-    recorded = read_json(directory / REPORT_FILE).get("errors", {})
-    return {name: error["weight"] for name, error in recorded.items()}
+    try:
+        run = _Run.model_validate(read_json(directory / REPORT_FILE))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise CheckpointError(
+            f"{directory / REPORT_FILE} is not the record of a run ({reason}). Delete it: it tells "
+            "errors that are measured while quantizing and nothing else"
+        ) from None
+    return {name: error.weight for name, error in run.errors.items()}

@@ -10,9 +10,8 @@ from typing import Any, Protocol
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from pcdvq_kernels.checkpoint import INDEX_FILE, TensorInfo, read_json
+from pcdvq_kernels.checkpoint import INDEX_FILE, TensorInfo, open_tensors, read_index, read_json
 from pcdvq_kernels.errors import PCDVQError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
@@ -100,7 +99,7 @@ class SafetensorsSource:
         return cls(name, directory, config, shapes, files, sizes)
 
     def load(self, name: str) -> Tensor:
-        with safe_open(self.directory / self.files[name], framework="pt") as file:
+        with open_tensors(self.directory / self.files[name]) as file:
             return file.get_tensor(name)
 
     def bytes(self, name: str) -> int:
@@ -117,24 +116,17 @@ class SafetensorsSource:
 def _list_tensors(directory: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
     """(name, file, shape, bytes) of every tensor, file by file."""
     for file in _weight_files(directory):
-        try:
-            with safe_open(directory / file, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118
-                    view = weights.get_slice(name)
-                    shape = tuple(view.get_shape())
-                    info = TensorInfo(directory / file, view.get_dtype(), shape)
-                    yield name, file, shape, info.bytes
-        except FileNotFoundError:
-            raise PCDVQError(f"{directory / file} is missing; download the model again") from None
-        except SafetensorError as error:
-            raise PCDVQError(
-                f"{directory / file} cannot be read ({error}); download the model again"
-            ) from None
+        with open_tensors(directory / file) as weights:
+            for name in weights.keys():  # noqa: SIM118
+                view = weights.get_slice(name)
+                shape = tuple(view.get_shape())
+                info = TensorInfo(directory / file, view.get_dtype(), shape)
+                yield name, file, shape, info.bytes
 
 
 def _weight_files(directory: Path) -> list[str]:
     if (directory / INDEX_FILE).is_file():
-        return sorted(set(read_json(directory / INDEX_FILE).get("weight_map", {}).values()))
+        return sorted(read_index(directory)[0])
     if (directory / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):

@@ -31,6 +31,11 @@ from pcdvq_quantizer.layer import LayerError, QuantizedLinear
 SHARD_BYTES = 1 << 30
 RUN_FILE = "run.json"
 LAYER_DIR = "layers"
+# What the user can do something about: space, permissions, a path through a file.
+CANNOT_WRITE = (
+    *(errno.ENOSPC, errno.EDQUOT),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
+)
 
 
 @dataclass
@@ -101,8 +106,9 @@ class CheckpointWriter:
         except Timeout:
             raise PCDVQError(f"another run is writing {self._partial}; wait for it") from None
         except (OSError, SafetensorError) as error:
-            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-            if not full and not isinstance(error, PermissionError):
+            # safetensors has no number, only the system's text.
+            full = "No space left" in str(error)
+            if not full and getattr(error, "errno", None) not in CANNOT_WRITE:
                 raise
             raise PCDVQError(
                 f"cannot write {self._partial}: {error}. Free some space or choose another OUT; "

@@ -163,5 +163,5 @@ def test_index_cannot_point_outside(copy: Path) -> None:
     content = json.loads((copy / INDEX_FILE).read_text())
     content["weight_map"]["model.norm.weight"] = "../../etc/passwd"
     (copy / INDEX_FILE).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="is not a file name"):
+    with pytest.raises(CheckpointError, match="is not the name of a safetensors file"):
         open_checkpoint(copy)

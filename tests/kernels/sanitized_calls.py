@@ -1,0 +1,99 @@
+"""Calls every kernel of a library built with sanitizers, which end the process at a finding.
+
+Run by test_sanitizers.py: python sanitized_calls.py LIBRARY, with libasan preloaded. Values are
+checked by the other tests; here inputs and outputs are buffers with nothing readable around them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from linear_cases import SPECS, Case, random_case
+from pcdvq_kernels import cpu
+from pcdvq_kernels.arguments import ACTIVATIONS
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (M, N, K): rows of activations on every path, whole and cut panels, segments and units.
+SHAPES = (
+    (1, 25, 576),
+    (2, 17, 896),
+    (17, 33, 72),
+    (33, 7, 1536),
+    (1, 1, 8),
+    (33, 50, 72),
+    (2, 3, 4864),
+    (1, 33, 1536),
+    (17, 1, 896),
+    (9, 16, 8),
+)
+SMALL = tuple(shape for shape in SHAPES if shape[0] * shape[1] * shape[2] < 100_000)
+TRELLISES = ((8, True, 3, 8), (4, True, 3, 8), (4, False, 2, 12), (2, False, 3, 4), (2, True, 1, 1))
+
+
+def cases(codec: str, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Case]:
+    """Layers of the shapes, then one whose codes and signs are all ones and one with NaN."""
+    dtypes = cycle(DTYPES)
+    for m, n, k in shapes:
+        case = random_case(codec, m, n, k, bias=n % 2 == 0)
+        yield case.with_x(case.x.to(next(dtypes)))
+    case = random_case(codec, 3, 20, 72)
+    ones = replace(case, qweight=case.qweight | 255, signs_in=case.signs_in | 255)
+    yield ones
+    yield ones.with_x(torch.full((3, 72), torch.nan))
+    yield ones.with_x(torch.full((1, 72), torch.inf))
+    yield ones.with_x(torch.full((9, 72), torch.finfo(torch.float32).max))
+
+
+def call_layers(isa: str, codec: str) -> int:
+    """Products and look-ups of one codec; returns how many."""
+    calls = 0
+    for case in cases(codec, SMALL if isa == "scalar" else SHAPES):
+        for activations in ACTIVATIONS:
+            cpu.linear(*replace(case, activations=activations).args(), isa=isa)
+        rows = len(case.qweight)
+        ids = torch.arange(rows).flip(0)
+        cpu.embedding(*case.embedding_args(ids, case.x.dtype), isa=isa)
+        try:
+            cpu.embedding(*case.embedding_args(torch.tensor([0, rows])), isa=isa)
+        except ValueError:
+            calls += len(ACTIVATIONS) + 2
+    return calls
+
+
+def call_searches(isa: str) -> int:
+    """Nearest codewords and trellis codes; returns the number of calls."""
+    calls = 0
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(calls))
+
+    for dim in (2, 4, 8):
+        for count, groups in ((1, 1), (3, 257), (600, 40), (257, 0)):
+            cpu.nearest(normal(groups, dim), normal(count, dim), normal(count), isa=isa)
+            calls += 1
+    for dim, parity, state_bits, field_bits in TRELLISES:
+        codewords = normal(1 << (state_bits + field_bits + parity), dim).abs()
+        for rows, groups in ((17, 5), (3, 1), (32, 35 if field_bits < 8 else 3), (0, 2)):
+            x = normal(rows, groups, dim)
+            for values in (x, torch.full_like(x, torch.nan)) if rows < 10 else (x,):
+                cpu.trellis(values, normal(rows).abs(), codewords, parity, state_bits, isa=isa)
+                calls += 1
+    return calls
+
+
+def main() -> None:
+    cpu.LIBRARY = Path(sys.argv[1])
+    assert cpu.available(), cpu.unavailable_message()
+    for isa in cpu.isas():
+        calls = sum(call_layers(isa, codec) for codec in SPECS) + call_searches(isa)
+        print(f"{isa}: {calls} calls", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ inline Row weight_row(const Weights& w, int64_t row) {
   return row % kSegmentRows ? Row{codes, codes - w.row_bytes, ~uint64_t(0)} : Row{codes, codes, 0};
 }
 
+// STATES: there are states or rotations, or both.
 template <int DIM, bool SIGNS, bool PARITY, bool STATES>
 struct Codec {
   static constexpr int kCodes = 8 / DIM;
@@ -159,7 +160,7 @@ constexpr Decoder make_decoder() {
 
 template <int DIM>
 Decoder generic_decoder(const PcdvqLayout& layout) {
-  if (layout.state_bits) {
+  if (layout.state_bits || layout.rotation_bits) {
     return layout.parity ? make_decoder<DIM, true, true, true>()
                          : make_decoder<DIM, true, false, true>();
   }

@@ -52,6 +52,7 @@ SPECS = {
     "generic-trellis-2x8": _spec(2, True, False, 6, 0, state_bits=3),
     "generic-trellis-2x7": _spec(2, True, True, 5, 0, rotation_bits=1, state_bits=2),
     "generic-2x8": _spec(2, True, False, 5, 1),
+    "generic-rotated-4x13": _spec(4, True, True, 9, 0, rotation_bits=2),
     "int8": CodebookSpec(
         codec="int8",
         vector_dim=1,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from models import save_model, tiny_config
 from pcdvq_kernels.checkpoint import open_checkpoint
+from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import cli, serving
 from typer.testing import CliRunner, Result
 
@@ -80,6 +81,17 @@ def test_checkpoint_of_the_hub_is_served_as_it_is(
     assert isinstance(serve("someone/model").exception, Started)
     assert asked == [("someone/model", "config.json")]
     assert calls[0][0][2] == "someone/model"
+
+
+def test_cache_that_cannot_be_written(
+    model: Path, monkeypatch: pytest.MonkeyPatch, calls: list, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    result = serve(model, "--calibration", "none")
+    assert isinstance(result.exception, PCDVQError)
+    assert "XDG_CACHE_HOME" in str(result.exception)
+    assert not calls
 
 
 def test_without_vllm(model: Path, monkeypatch: pytest.MonkeyPatch, calls: list) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -109,15 +110,19 @@ def cache_path() -> Path:
 
 @cache
 def tuned() -> dict[str, dict[str, LinearConfig]]:
-    """What `cache_path()` has; nothing if there is no such file."""
+    """What `cache_path()` has; nothing if there is no such file, or not one of ours."""
     try:
         found = json.loads(cache_path().read_text())
-    except FileNotFoundError:
+        return {
+            device: {key: LinearConfig(**config) for key, config in configs.items()}
+            for device, configs in found.items()
+        }
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {
-        device: {key: LinearConfig(**config) for key, config in configs.items()}
-        for device, configs in found.items()
-    }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        message = f"{cache_path()} is ignored ({error}): delete it, or tune again"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return {}
 
 
 def save_tuned(device: str, configs: dict[str, LinearConfig]) -> None:

@@ -123,8 +123,8 @@ class PCDVQLinearMethod(LinearMethodBase):
         """Check what was loaded and bring it into the form that the op takes.
 
         Raises:
-            CheckpointError: a tensor is missing, a scale is not finite, or fused layers differ in
-                their input signs.
+            CheckpointError: a tensor is missing, a scale or a bias is not finite, or fused layers
+                differ in their input signs.
         """
         codebooks = self.config.loaded_codebooks()
         row_scale, signs_in = self._finish(layer)
@@ -146,6 +146,9 @@ class PCDVQLinearMethod(LinearMethodBase):
         if not row_scale.isfinite().all():
             state = "missing or not finite" if dummy else "not finite"
             raise CheckpointError(f"tensor {self.prefix}.{ROW_SCALE} is {state}. {REMEDY}")
+        bias = getattr(layer, "bias", None)
+        if bias is not None and not bias.isfinite().all():
+            raise CheckpointError(f"tensor {self.prefix}.bias is not finite. {REMEDY}")
         signs_in = layer.signs_in.data
         if signs_in.dim() == 1:
             return row_scale, signs_in

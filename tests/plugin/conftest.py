@@ -4,6 +4,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import network_guard
 import pytest
 from bare_layers import tensor_parallel
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -19,7 +20,7 @@ def vllm_config() -> Iterator[VllmConfig]:
 
 @contextmanager
 def engine_process(cache: Path, **changes: str) -> Iterator[ProcessPoolExecutor]:
-    """A process that runs vLLM engines in itself, one after another."""
+    """A process that runs vLLM engines in itself, one after another, and needs no network."""
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -29,13 +30,15 @@ def engine_process(cache: Path, **changes: str) -> Iterator[ProcessPoolExecutor]
         "HF_HUB_OFFLINE": "1",
         **changes,
     }
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, network_guard.install) as executor:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
             # The first task starts the process, which inherits the environment.
             executor.submit(int).result()
         yield executor
+        assert executor.submit(network_guard.attempts_of_ours).result() == []
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,13 @@ def test_scales_not_finite(qkv: LinearBase, value: float) -> None:
         finish(qkv)
 
 
+def test_bias_not_finite(qkv: LinearBase) -> None:
+    _load_all(qkv)
+    load(qkv, "bias", torch.full((ROWS[1],), torch.nan), "k")
+    with pytest.raises(CheckpointError, match=r"tensor m\.qkv_proj\.bias is not finite"):
+        finish(qkv)
+
+
 def test_unequal_signs(qkv: LinearBase) -> None:
     _load_all(qkv)
     load(qkv, "signs_in", Q.signs_in ^ 4, "k")

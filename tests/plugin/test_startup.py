@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import network_guard
 import pytest
 import torch
 from engine_worker import configure, failure, generate, generate_and_reload, reload_without
@@ -102,6 +103,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown key": (_quantization("group_size", 8), "group_size: Extra inputs are not permitted"),
 }
+
+
+def test_engines_have_no_network(engine: ProcessPoolExecutor) -> None:
+    assert engine.submit(network_guard.blocks_others).result()
 
 
 def test_undamaged(engine: ProcessPoolExecutor, good: Path) -> None:

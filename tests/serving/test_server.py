@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from models import smollm2_gguf
-from openai import BadRequestError, OpenAI
+from openai import APIConnectionError, BadRequestError, InternalServerError, OpenAI
 from pcdvq_kernels import reference
 from pcdvq_kernels.checkpoint import open_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from server import ServerError, log_tail, running_server
+from server import Server, ServerError, log_tail, running_server
 
 BITS = "4"
 PROMPTS = [
@@ -65,17 +68,25 @@ def dequantized(checkpoint: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def serve(checkpoint: Path, log: Path, *options: str) -> Iterator[OpenAI]:
+def serve(checkpoint: Path, log: Path, *options: str) -> AbstractContextManager[Server]:
     arguments = ["--enforce-eager", "--max-model-len", "1024", *options]
-    with running_server(checkpoint, log, arguments) as server:
-        yield OpenAI(base_url=server.base_url, api_key="none", timeout=400)
+    return running_server(checkpoint, log, arguments)
+
+
+def client_of(server: Server) -> OpenAI:
+    return OpenAI(base_url=server.base_url, api_key="none", timeout=400, max_retries=0)
 
 
 @pytest.fixture(scope="module")
-def client(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    yield from serve(
-        checkpoint, tmp_path_factory.mktemp("log") / "server.log", "--dtype", "bfloat16"
-    )
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with serve(checkpoint, log, "--dtype", "bfloat16") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return client_of(server)
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +178,29 @@ def test_agrees_with_hugging_face_in_bf16(
     assert_agrees(client, dequantized, checkpoint, BF16_LOGPROB_TOLERANCE)
 
 
+def test_server_ends_when_its_engine_is_killed(server: Server, client: OpenAI) -> None:
+    """The last test of this server: a supervisor sees the end and starts another."""
+    process = psutil.Process(server.pid)
+    engines = [child for child in process.children() if "EngineCore" in child.name()]
+    assert engines
+    with ThreadPoolExecutor(1) as pool:
+        request = pool.submit(greedy, client, PROMPTS[0], 900)
+        time.sleep(2)
+        for engine in engines:
+            engine.kill()
+        with pytest.raises((InternalServerError, APIConnectionError)):
+            request.result(60)
+    psutil.wait_procs([process], timeout=60)
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    assert "EngineDeadError" in server.log.read_text()
+
+
 def test_agrees_with_hugging_face_in_fp32(
     dequantized: PreTrainedModel, checkpoint: Path, tmp_path: Path
 ) -> None:
     exact = ["--dtype", "float32", "--additional-config", '{"pcdvq_activations": "float"}']
-    for client in serve(checkpoint, tmp_path / "server.log", *exact):
-        assert_agrees(client, dequantized, checkpoint, LOGPROB_TOLERANCE)
+    with serve(checkpoint, tmp_path / "server.log", *exact) as server:
+        assert_agrees(client_of(server), dequantized, checkpoint, LOGPROB_TOLERANCE)
 
 
 def test_damaged_checkpoint_never_gets_to_serve(checkpoint: Path, tmp_path: Path) -> None:

@@ -178,16 +178,16 @@ def test_agrees_with_hugging_face_in_bf16(
     assert_agrees(client, dequantized, checkpoint, BF16_LOGPROB_TOLERANCE)
 
 
-def test_server_ends_when_its_engine_is_killed(server: Server, client: OpenAI) -> None:
+def test_server_ends_when_a_worker_is_killed(server: Server, client: OpenAI) -> None:
     """The last test of this server: a supervisor sees the end and starts another."""
     process = psutil.Process(server.pid)
-    engines = [child for child in process.children() if "EngineCore" in child.name()]
-    assert engines
+    workers = [child for child in process.children(recursive=True) if "Worker" in child.name()]
+    assert workers
     with ThreadPoolExecutor(1) as pool:
         request = pool.submit(greedy, client, PROMPTS[0], 900)
         time.sleep(2)
-        for engine in engines:
-            engine.kill()
+        for worker in workers:
+            worker.kill()
         with pytest.raises((InternalServerError, APIConnectionError)):
             request.result(60)
     psutil.wait_procs([process], timeout=60)

@@ -54,6 +54,7 @@ REQUEST_SECONDS = 300.0
 # Parts of the time after which memory is taken to be that of a warm server.
 WARM_UP = 0.2
 MIB = 1 << 20
+LOG_LINES = 100
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -109,9 +110,9 @@ NONSENSE: tuple[Callable[[str], bytes], ...] = (
     lambda model: json.dumps(body(model, "x", -1)).encode(),
     lambda model: json.dumps(body(model, "x", 1 << 40)).encode(),
     lambda model: json.dumps(body(model, "word " * 5000, 4)).encode(),
-    lambda model: json.dumps(body(model, "x", 4, prompt=[1 << 40])).encode(),
-    lambda model: json.dumps(body(model, "x", 4, prompt=[-1])).encode(),
-    lambda model: json.dumps(body(model, "x", 4, prompt={"a": 1})).encode(),
+    lambda model: json.dumps({**body(model, "", 4), "prompt": [1 << 40]}).encode(),
+    lambda model: json.dumps({**body(model, "", 4), "prompt": [-1]}).encode(),
+    lambda model: json.dumps({**body(model, "", 4), "prompt": {"a": 1}}).encode(),
     lambda model: json.dumps(body(model, "x", 4, temperature=-1)).encode(),
     lambda model: json.dumps(body(model, "x", 4, temperature="hot")).encode(),
     lambda model: json.dumps(body(model, "x", 4, logprobs=10**6)).encode(),
@@ -290,10 +291,13 @@ def main(
         log = Path(scratch) / "server.log"
         method = None if quantization == "none" else quantization
         with running_server(model, log, arguments, quantization=method) as server:
-            outcome = asyncio.run(load(server, clients, 60 * minutes))
+            try:
+                outcome = asyncio.run(load(server, clients, 60 * minutes))
+            except (RuntimeError, httpx.HTTPError) as error:
+                sys.exit(f"no quiet answers ({error}):\n{log_tail(log, LOG_LINES)}")
             result = {"model": str(model), "arguments": arguments, **outcome.summary()}
             if outcome.errors:
-                console.print(log_tail(log))
+                console.print(log_tail(log, LOG_LINES), markup=False)
     console.print_json(data=result)
     if json_file:
         json_file.write_text(json.dumps(result, indent=1) + "\n")

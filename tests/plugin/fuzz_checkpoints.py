@@ -174,13 +174,10 @@ def fuzz_layouts(directory: Path, cases: int) -> Counter[str]:
             *(st.integers(1, 12), st.integers(0, 4), st.integers(0, 7)),
             *(st.integers(0, 3), st.integers(0, 4)),
         )
+        .map(_spec)
+        .filter(lambda spec: spec is not None)
     )
-    def run(fields: tuple) -> None:
-        try:
-            spec = CodebookSpec(**dict(zip(CodebookSpec.model_fields, fields, strict=True)))
-        except ValidationError:
-            outcomes["no layout"] += 1
-            return
+    def run(spec: CodebookSpec) -> None:
         Damaged(Files()).write(directory)
         write_random_checkpoint(directory, MODEL, spec, embeddings=spec)
         (directory / REPORT_FILE).write_text("{}")
@@ -188,6 +185,13 @@ def fuzz_layouts(directory: Path, cases: int) -> Counter[str]:
 
     run()
     return outcomes
+
+
+def _spec(fields: tuple) -> CodebookSpec | None:
+    try:
+        return CodebookSpec(**dict(zip(CodebookSpec.model_fields, fields, strict=True)))
+    except ValidationError:
+        return None
 
 
 def _settings(cases: int) -> settings:
@@ -225,7 +229,7 @@ def main() -> None:
         used = 1024 * int(Path("/proc/self/statm").read_text().split()[0]) * 4
         resource.setrlimit(resource.RLIMIT_AS, (used + MORE_BYTES, resource.RLIM_INFINITY))
         outcomes = fuzz_damage(bases, case, cases)
-        layouts = fuzz_layouts(case, cases // 10)
+        layouts = fuzz_layouts(case, cases // 20)
     print(json.dumps({"damaged": outcomes, "layouts": layouts}))
 
 

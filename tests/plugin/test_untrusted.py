@@ -33,4 +33,4 @@ def test_damaged_checkpoints_are_refused_or_serve_right(tmp_path: Path) -> None:
     assert sum(damaged.values()) >= CASES
     # Damage that no check can see, such as other codes, serves; a check too many would refuse it.
     assert min(damaged["served"], damaged["refused"]) > CASES / 20
-    assert layouts["served"] > CASES / 100
+    assert layouts == {"served": CASES // 20}

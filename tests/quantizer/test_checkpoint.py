@@ -1,6 +1,7 @@
 """Damaged checkpoints are refused by name before any weight is read."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from models import save_model, tiny_config
-from pcdvq_kernels.checkpoint import CODEBOOK_FILE, INDEX_FILE, open_checkpoint
+from pcdvq_kernels.checkpoint import (
+    CODEBOOK_FILE,
+    INDEX_FILE,
+    MOST_JSON_BYTES,
+    REPORT_FILE,
+    open_checkpoint,
+)
 from pcdvq_kernels.errors import CheckpointError
+from pcdvq_quantizer.inspection import inspect_checkpoint
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
 from safetensors.torch import load_file, save_file
@@ -159,9 +167,58 @@ def test_codebook_out_of_limits(copy: Path) -> None:
         open_checkpoint(copy)
 
 
-def test_index_cannot_point_outside(copy: Path) -> None:
+@pytest.mark.parametrize("name", ["../../etc/passwd", "..", "", "a/b.safetensors", "x.bin", 7])
+def test_index_cannot_point_outside(copy: Path, name: object) -> None:
     content = json.loads((copy / INDEX_FILE).read_text())
-    content["weight_map"]["model.norm.weight"] = "../../etc/passwd"
+    content["weight_map"]["model.norm.weight"] = name
     (copy / INDEX_FILE).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="is not the name of a safetensors file"):
+    for open_ in (open_checkpoint, lambda path: make_plan(str(path), QuantizeOptions())):
+        with pytest.raises(CheckpointError, match="is not the name of a safetensors file"):
+            open_(copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"a": ' + "1" * 5000 + "}", "is not valid JSON"),
+        ('{"quantization_config": {}, "quantization_config": {}}', "is there twice"),
+        ("[]", "does not hold a JSON object"),
+    ],
+)
+def test_json_that_parsers_choke_on(copy: Path, text: str, message: str) -> None:
+    (copy / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("file", [SHARD, CODEBOOK_FILE, INDEX_FILE, "config.json"])
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)],
+    ids=["pipe", "directory", "device"],
+)
+def test_not_a_regular_file(copy: Path, file: str, make: Callable[[Path], None]) -> None:
+    (copy / file).unlink()
+    make(copy / file)
+    with pytest.raises(CheckpointError, match=f"{file} is not a regular file"):
+        open_checkpoint(copy)
+
+
+def test_json_too_large(copy: Path) -> None:
+    os.truncate(copy / INDEX_FILE, MOST_JSON_BYTES + 1)  # a hole: takes no space
+    with pytest.raises(CheckpointError, match="over the limit"):
+        open_checkpoint(copy)
+
+
+def test_names_are_printable(copy: Path) -> None:
+    change_config(copy, lambda config: config["modules_to_not_convert"].append("\x1b[2J"))
+    with pytest.raises(CheckpointError, match="cannot be printed"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("report", [{"errors": [1]}, {"errors": {"a": 1}}, {"errors": {"a": {}}}])
+def test_report_of_something_else(copy: Path, report: dict) -> None:
+    (copy / REPORT_FILE).write_text(json.dumps(report))
+    with pytest.raises(CheckpointError, match="is not the record of a run"):
+        inspect_checkpoint(copy)

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,7 +46,7 @@ PROMPTS = (
     "1 2 3 4 5 6 7 8",
     "The quick brown fox jumps over the lazy dog. " * 8,
 )
-TOKENS = (1, 8, 24, 48)
+LENGTHS = (1, 8, 24, 48)  # of answers, in tokens
 # Of the nats between the two likeliest tokens where an answer under load leaves the quiet one.
 MOST_GAP = 0.3
 MOST_REQUESTS = 100_000
@@ -73,13 +73,25 @@ class Answer:
 
 @dataclass
 class Outcome:
-    """What a run found; memory in MiB, of the server's first process and of all its others."""
+    """What a run found.
+
+    Attributes:
+        clients, seconds: how many, and for how long.
+        requests: how many of each kind.
+        tokens: received.
+        identical: answers that are those of the quiet server.
+        repeats: whether the quiet server's answers afterwards were those before, to the last bit.
+        gaps_where_answers_part: of the others, nats between the quiet server's two best tokens.
+        errors: what must not be.
+        memory_mib: at each time, of the server's first process and of all its others.
+    """
 
     clients: int
     seconds: float
     requests: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     identical: int = 0
+    repeats: bool = False
     gaps_where_answers_part: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     memory_mib: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -158,9 +170,9 @@ def _append(answer: Answer, logprobs: dict[str, Any]) -> None:
         answer.gaps.append(best[0] - best[1] if len(best) > 1 else 0.0)
 
 
-async def quiet_answers(client: httpx.AsyncClient, model: str) -> list[Answer]:
+async def quiet_answers(client: httpx.AsyncClient, model: str, tokens: int) -> list[Answer]:
     """Every prompt's answer from a server that has nothing else to do."""
-    return [await read_answer(client, body(model, prompt, max(TOKENS))) for prompt in PROMPTS]
+    return [await read_answer(client, body(model, prompt, tokens)) for prompt in PROMPTS]
 
 
 @dataclass
@@ -169,6 +181,7 @@ class Run:
 
     client: httpx.AsyncClient
     model: str
+    lengths: Sequence[int]
     quiet: list[Answer]
     deadline: float
     outcome: Outcome
@@ -186,7 +199,7 @@ class Run:
                 await asyncio.sleep(1)  # a server that is gone is not asked in a tight loop
 
     async def ask(self, rng: random.Random, kind: str) -> None:
-        number, tokens = rng.randrange(len(PROMPTS)), rng.choice(TOKENS)
+        number, tokens = rng.randrange(len(PROMPTS)), rng.choice(self.lengths)
         after = rng.randrange(1, 8) if kind == "hang up" else None
         request = body(self.model, PROMPTS[number], tokens)
         answer = await read_answer(self.client, request, after)
@@ -242,8 +255,10 @@ async def settle(client: httpx.AsyncClient) -> None:
     raise RuntimeError(f"{left:g} requests still run or wait a minute after the last client left")
 
 
-async def load(server: Server, clients: int, seconds: float) -> Outcome:
-    """Put the load on `server` and see what becomes of it."""
+async def load(
+    server: Server, clients: int, seconds: float, lengths: Sequence[int] = LENGTHS
+) -> Outcome:
+    """Put the load on `server`, answers of one of `lengths` tokens, and see what becomes of it."""
     outcome = Outcome(clients, seconds)
     outcome.memory_mib["ready"] = memory(server)
     limits = httpx.Limits(max_connections=clients + 1)
@@ -251,9 +266,9 @@ async def load(server: Server, clients: int, seconds: float) -> Outcome:
         base_url=server.base_url, timeout=REQUEST_SECONDS, limits=limits, trust_env=False
     ) as client:
         model = (await client.get("/models")).json()["data"][0]["id"]
-        quiet = await quiet_answers(client, model)
+        quiet = await quiet_answers(client, model, max(lengths))
         outcome.memory_mib["after quiet answers"] = memory(server)
-        run = Run(client, model, quiet, time.monotonic() + seconds, outcome)
+        run = Run(client, model, lengths, quiet, time.monotonic() + seconds, outcome)
         tasks = [asyncio.create_task(run.one_client(seed)) for seed in range(clients)]
         await asyncio.sleep(WARM_UP * seconds)
         outcome.memory_mib["warm, under load"] = memory(server)
@@ -261,8 +276,10 @@ async def load(server: Server, clients: int, seconds: float) -> Outcome:
         outcome.memory_mib["end of load"] = memory(server)
         try:
             await settle(client)
-            if await quiet_answers(client, model) != quiet:
-                outcome.errors.append("the quiet server answers otherwise than before the load")
+            again = await quiet_answers(client, model, max(lengths))
+            outcome.repeats = again == quiet
+            for answer, first in zip(again, quiet, strict=True):
+                run.compare(answer, first)
         except (RuntimeError, httpx.HTTPError) as error:
             outcome.errors.append(f"afterwards: {error}")
         outcome.memory_mib["end, idle"] = memory(server)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from pcdvq_kernels.checkpoint import open_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from load_test import load
 from server import Server, ServerError, log_tail, running_server
 
 BITS = "4"
@@ -176,6 +178,12 @@ def test_agrees_with_hugging_face_in_bf16(
     client: OpenAI, dequantized: PreTrainedModel, checkpoint: Path
 ) -> None:
     assert_agrees(client, dequantized, checkpoint, BF16_LOGPROB_TOLERANCE)
+
+
+def test_rude_clients(server: Server) -> None:
+    outcome = asyncio.run(load(server, clients=6, seconds=10, lengths=(1, 8)))
+    assert not outcome.errors
+    assert outcome.requests["answer"] > 5
 
 
 def test_server_ends_when_a_worker_is_killed(server: Server, client: OpenAI) -> None:

@@ -36,16 +36,16 @@ def sanitizer_runtime() -> str:
     return found
 
 
-def build(directory: Path) -> Path:
+def build(directory: Path, scratch: Path) -> Path:
     """The library of setup.py with sanitizers, in `directory`, unless it is there already."""
     extension = run_setup(str(ROOT / "setup.py"), stop_after="init").ext_modules[0]
     sources = [ROOT / source for source in extension.sources]
     if "avx512" not in cpu.isas():  # half of the time of compilation, for kernels that cannot run
         sources = [source for source in sources if source.name != AVX512]
-        (directory / AVX512).write_text(NO_AVX512)
-        sources.append(directory / AVX512)
+        (scratch / AVX512).write_text(NO_AVX512)
+        sources.append(scratch / AVX512)
     flags = [*extension.extra_compile_args, *FLAGS, f"-I{ROOT / 'kernels/csrc'}"]
-    digest = hashlib.sha256(" ".join(map(str, (*flags, *sources))).encode())
+    digest = hashlib.sha256(" ".join((*flags, *cpu.isas())).encode())
     for path in sorted((ROOT / "kernels/csrc").iterdir()):
         digest.update(path.read_bytes())
     library = directory / f"{digest.hexdigest()[:16]}.so"
@@ -55,20 +55,20 @@ def build(directory: Path) -> Path:
         old.unlink()
 
     def compile_source(source: Path) -> str:
-        compiled = str(directory / f"{source.name}.o")
+        compiled = str(scratch / f"{source.name}.o")
         subprocess.run(["g++", *flags, "-c", str(source), "-o", compiled], check=True)
         return compiled
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_source, sources))
-    partial = directory / "partial"
+    partial = scratch / "partial"
     link = ["g++", "-shared", *extension.extra_link_args, *FLAGS, *objects, "-o", str(partial)]
     subprocess.run(link, check=True)
-    return partial.rename(library)
+    return Path(shutil.move(partial, library))
 
 
 @pytest.mark.skipif(not cpu.available(), reason="the CPU kernels are not built")
-def test_every_kernel(pytestconfig: pytest.Config) -> None:
+def test_every_kernel(pytestconfig: pytest.Config, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "LD_PRELOAD": sanitizer_runtime(),
@@ -77,7 +77,7 @@ def test_every_kernel(pytestconfig: pytest.Config) -> None:
         "OMP_NUM_THREADS": "2",
         "OMP_WAIT_POLICY": "passive",
     }
-    library = build(Path(pytestconfig.cache.mkdir("sanitized")))
+    library = build(pytestconfig.cache.mkdir("sanitized"), tmp_path)
     program = Path(__file__).with_name("sanitized_calls.py")
     run = subprocess.run(
         [sys.executable, str(program), str(library)],

@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,7 +98,7 @@ class Outcome:
 
     def summary(self) -> dict[str, Any]:
         gaps = self.gaps_where_answers_part
-        values = asdict(self) | {"errors": self.errors[:20], "error_count": len(self.errors)}
+        values = vars(self) | {"errors": self.errors[:20], "error_count": len(self.errors)}
         del values["gaps_where_answers_part"]
         return values | {
             "differing": len(gaps),

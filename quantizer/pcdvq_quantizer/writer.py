@@ -111,8 +111,8 @@ class CheckpointWriter:
             if not full and getattr(error, "errno", None) not in CANNOT_WRITE:
                 raise
             raise PCDVQError(
-                f"cannot write {self._partial}: {error}. Free some space, or choose another place "
-                "(OUT; for `pcdvq serve` XDG_CACHE_HOME); where it was the same command continues"
+                f"cannot write {self._partial}: {error}. Free some space, and the same command "
+                "continues; or choose another place: OUT, for `pcdvq serve` XDG_CACHE_HOME"
             ) from error
 
     def _remove_if_useless(self) -> None:

@@ -139,21 +139,25 @@ class PCDVQConfig(QuantizationConfig):
         return self.checkpoint.codebooks[codebook]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of the linear layer, embedding or output head `prefix`, else None.
+        """The method of the linear layer, experts, embedding or output head `prefix`, else None.
 
         Raises:
             CheckpointError: the checkpoint treats the parts of a fused layer differently, or
                 quantizes a layer of another kind.
         """
         # Imported here because these modules bring the op library: `register` must stay light.
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from vllm_pcdvq.embedding import embedding_method
         from vllm_pcdvq.linear import CheckedUnquantizedLinearMethod, PCDVQLinearMethod
+        from vllm_pcdvq.moe import moe_method
 
         if isinstance(layer, VocabParallelEmbedding):
             return embedding_method(self, layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            return moe_method(self, layer, prefix)
         if not isinstance(layer, LinearBase):
             self.refuse_quantized(layer, prefix)
             return None

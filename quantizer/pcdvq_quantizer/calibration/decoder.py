@@ -13,6 +13,7 @@ from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pcdvq_quantizer.experts import separate_experts
 from pcdvq_quantizer.selection import hf_config
 from pcdvq_quantizer.sources import Source
 
@@ -41,6 +42,7 @@ class LayeredModel:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 hf_config(source.config), dtype=torch.float32
             )
+        separate_experts(self.model, source.shapes)
         self.model.eval()
         self.prefix, self._stack = _decoder_layers(self.model, set(linears), source.name)
         self._base = self.model.get_submodule(self.prefix.rpartition(".")[0])

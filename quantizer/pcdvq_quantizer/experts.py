@@ -46,40 +46,30 @@ def experts_of(layer: str) -> str | None:
 
 
 class Expert(nn.Module):
-    """down(act(gate(x)) * up(x)), the layers named as on disk."""
+    """down(act(gate(x)) * up(x)).
+
+    Attributes:
+        names: of gate, up and down on disk, and of the modules here.
+    """
 
     def __init__(self, naming: Naming, sizes: tuple[int, int], act: nn.Module, like: Tensor):
         """Make an expert of `sizes` (hidden, inner), with the dtype and device of `like`."""
         super().__init__()
-        self._naming = naming
+        self.names = naming.gate, naming.up, naming.down
         hidden, inner = sizes
-        for name, columns, rows in (
-            (naming.gate, hidden, inner),
-            (naming.up, hidden, inner),
-            (naming.down, inner, hidden),
-        ):
+        shapes = (hidden, inner), (hidden, inner), (inner, hidden)
+        for name, (columns, rows) in zip(self.names, shapes, strict=True):
             linear = nn.Linear(columns, rows, bias=False, dtype=like.dtype, device=like.device)
             self.add_module(name, linear)
         self.act_fn = act
 
-    @property
-    def gate(self) -> nn.Module:
-        return self.get_submodule(self._naming.gate)
-
-    @property
-    def up(self) -> nn.Module:
-        return self.get_submodule(self._naming.up)
-
-    @property
-    def down(self) -> nn.Module:
-        return self.get_submodule(self._naming.down)
-
     def activations(self, x: Tensor) -> Tensor:
-        """What `down` reads, [..., I], for x [..., H]."""
-        return self.act_fn(self.gate(x)) * self.up(x)
+        """What down reads, [..., I], for x [..., H]."""
+        gate, up, _ = (self.get_submodule(name) for name in self.names)
+        return self.act_fn(gate(x)) * up(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activations(x))
+        return self.get_submodule(self.names[2])(self.activations(x))
 
 
 class Experts(nn.ModuleList):

@@ -33,6 +33,9 @@ logger = init_logger("vllm.pcdvq")
 # Key of vLLM's --additional-config.
 ACTIVATIONS_OPTION = "pcdvq_activations"
 
+# vLLM's Qwen3-MoE says this of its dense layers only after it has asked for our config.
+PACKED_ANYWAY = {"gate_up_proj": ["gate_proj", "up_proj"]}
+
 
 class PCDVQConfig(QuantizationConfig):
     """`quantization_config` of a PCDVQ checkpoint, as vLLM sees it.
@@ -171,7 +174,8 @@ class PCDVQConfig(QuantizationConfig):
         if prefix in self.layers:
             return self.layers[prefix]
         parent, dot, name = prefix.rpartition(".")
-        parts = [parent + dot + part for part in self.packed_modules_mapping.get(name, [name])]
+        packed = {**PACKED_ANYWAY, **self.packed_modules_mapping}
+        parts = [parent + dot + part for part in packed.get(name, [name])]
         codebooks = {part: self.layers.get(part) for part in parts}
         if len(set(codebooks.values())) > 1:
             listed = ", ".join(f"{part}: {id or 'none'}" for part, id in codebooks.items())

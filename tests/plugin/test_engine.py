@@ -15,11 +15,20 @@ from random_checkpoint import (
     ODD_BITS,
     SIGNED,
     SIGNED_4,
+    TRELLIS,
     add_random_adapter,
     tiny_llama,
     write_random_checkpoint,
 )
-from transformers import LlamaConfig, Phi3Config, PreTrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
 PROMPTS = [[7], list(range(20, 31)), list(range(300, 240, -1))]
 # Greatest difference of a logprob: sums in another order, and activations rounded to 16 bits
@@ -45,6 +54,34 @@ PHI3 = Phi3Config(
     vocab_size=320,
     max_position_embeddings=256,
     pad_token_id=0,
+)
+QWEN3_MOE = Qwen3MoeConfig(
+    hidden_size=256,
+    intermediate_size=512,
+    moe_intermediate_size=192,
+    num_experts=5,
+    num_experts_per_tok=2,
+    num_hidden_layers=2,
+    mlp_only_layers=[1],
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=320,
+    max_position_embeddings=256,
+    norm_topk_prob=True,
+    tie_word_embeddings=False,
+)
+MIXTRAL = MixtralConfig(
+    hidden_size=256,
+    intermediate_size=384,
+    num_local_experts=5,
+    num_experts_per_tok=2,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=320,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
 )
 TINY = {
     "hidden_size": 256,
@@ -76,8 +113,8 @@ def check(
 
 @pytest.mark.parametrize(
     ("config", "spec"),
-    [(ODD_LLAMA, ODD_BITS), (QWEN2, SIGNED), (PHI3, E8)],
-    ids=["llama of odd sizes", "qwen2 with biases, tied", "phi3 fused on disk"],
+    [(ODD_LLAMA, ODD_BITS), (QWEN2, SIGNED), (PHI3, E8), (QWEN3_MOE, TRELLIS), (MIXTRAL, SIGNED)],
+    ids=["llama of odd sizes", "qwen2 with biases, tied", "phi3 fused on disk", "experts", "w123"],
 )
 def test_logprobs(
     config: PreTrainedConfig, spec, engine: ProcessPoolExecutor, tmp_path: Path

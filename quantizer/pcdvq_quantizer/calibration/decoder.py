@@ -77,10 +77,21 @@ class LayeredModel:
             return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
     def load(self, index: int) -> nn.Module:
-        """Decoder layer `index` with its weights, fp32."""
+        """Decoder layer `index` with its weights, fp32.
+
+        Raises:
+            PCDVQError: some are not stored under the names that transformers gives them.
+        """
         layer = self._stack[index]
         for name, module in layer.named_modules():
             self._materialize(module, f"{self.layers[index]}.{name}".rstrip("."))
+        for name, parameter in layer.named_parameters():
+            if parameter.is_meta:
+                raise PCDVQError(
+                    f"{self._source.name} stores {self.layers[index]}.{name} under another name or "
+                    "in parts (experts of a kind that is not known?), which calibration does not "
+                    "handle; use --calibration none"
+                )
         return layer.to(self.device)
 
     def unload(self, index: int) -> None:

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_pcdvq.linear import check_rows, check_split
 from vllm_pcdvq.loading import DTYPES
@@ -124,7 +125,7 @@ def load_expert(
         layer: the experts of a decoder layer.
         param: one of its parameters.
         loaded_weight: the whole tensor on disk, not yet sharded.
-        weight_name: vLLM's name of `param`.
+        weight_name: vLLM's name of `param`, with that of the layer before it.
         shard_id: one of `SHARDS`.
         expert_id: of all ranks' experts.
         return_success: vLLM asks for the result.
@@ -136,7 +137,7 @@ def load_expert(
         CheckpointError: the tensor's dtype or shape is not the format's.
     """
     state: ExpertsLoad = layer.pcdvq_load
-    tensor = param.pcdvq_tensor
+    tensor = weight_name.rpartition(".")[2].partition("_")[2]
     name = f"{layer.layer_name}.{expert_id}.{state.names[shard_id]}.{tensor}"
     expected = state.shapes[shard_id, tensor]
     if loaded_weight.dtype != DTYPES[tensor]:
@@ -239,9 +240,7 @@ class PCDVQMoEMethod(FusedMoEMethodBase):
         for part in self.parts:
             self._add_part(layer, part, num_experts, state)
 
-    def _add_part(
-        self, layer: RoutedExperts, part: Part, experts: int, state: ExpertsLoad
-    ) -> None:
+    def _add_part(self, layer: RoutedExperts, part: Part, experts: int, state: ExpertsLoad) -> None:
         """Add the parameters of `part` to `layer`, and what they are on disk to `state`."""
         rows, columns = part.rows, part.columns
         here = self._shapes(rows, columns)
@@ -255,10 +254,9 @@ class PCDVQMoEMethod(FusedMoEMethodBase):
             if tensor == ROW_SCALE:
                 data.fill_(torch.nan)  # finds what nobody writes
             param = Parameter(data, requires_grad=False)
-            param.pcdvq_tensor = tensor
             # Bound to the layer: vLLM recognises that form when it takes references to a layer
             # out of its parameters for a reload.
-            param.weight_loader = MethodType(load_expert, layer)
+            set_weight_attrs(param, {"weight_loader": MethodType(load_expert, layer)})
             layer.register_parameter(f"{part.name}_{tensor}", param)
             for shard in part.shards:
                 state.shapes[shard, tensor] = disk[tensor]
@@ -312,9 +310,7 @@ class PCDVQMoEMethod(FusedMoEMethodBase):
             SIGNS_IN: signs_in[0].clone(),
         }
         for tensor, data in finished.items():
-            layer.register_parameter(
-                f"{part.name}_{tensor}", Parameter(data, requires_grad=False)
-            )
+            layer.register_parameter(f"{part.name}_{tensor}", Parameter(data, requires_grad=False))
 
     def apply(
         self,

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from pcdvq_kernels.arguments import (
     ACTIVATION_DTYPES,
+    LinearShape,
     check_embedding,
     check_ids,
     check_linear,
     check_moe,
     check_nearest,
-    LinearShape,
     check_trellis,
 )
 from pcdvq_kernels.errors import PCDVQError

@@ -92,9 +92,7 @@ def moe(
     down_layout: Sequence[int],
 ) -> Tensor:
     """`pcdvq::moe` in torch, an expert at a time; slow. Arguments as in `ops`."""
-    check_moe(
-        x, topk_weights, topk_ids, gate_up, down, codewords, gate_up_layout, down_layout
-    )
+    check_moe(x, topk_weights, topk_ids, gate_up, down, codewords, gate_up_layout, down_layout)
     sums = torch.zeros_like(x, dtype=torch.float32)
     for expert in range(len(gate_up[0])):
         token, choice = torch.where(topk_ids == expert)

@@ -76,7 +76,7 @@ class Experts(nn.ModuleList):
     """Takes the place of the fused experts of a decoder layer."""
 
     @classmethod
-    def like(cls, fused: nn.Module, naming: Naming) -> Experts:
+    def like(cls, fused: Any, naming: Naming) -> Experts:
         """Experts of the sizes of `fused`, without its weights."""
         count, hidden, inner = fused.down_proj.shape
         like = fused.down_proj

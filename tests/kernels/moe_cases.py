@@ -40,22 +40,26 @@ class MoeCase:
         qweight = case.qweight.view(*shape, case.qweight.shape[1])
         return [qweight, case.row_scale.view(shape), case.signs_in]
 
-    def _linear(self, case: Case, expert: int, x: Tensor) -> Tensor:
-        qweight, row_scale, signs_in = self._stacked(case)
-        weight = qweight[expert], row_scale[expert], signs_in, case.codebook
-        return reference.linear(x, *weight, case.block)
+    def _dense(self, case: Case) -> Tensor:
+        """fp32 [E, N, K]."""
+        stacked, signs_in = self._stacked(case), case.signs_in
+        return torch.stack(
+            [
+                reference.dequantize(qweight, row_scale, signs_in, case.codebook, case.block)
+                for qweight, row_scale in zip(*stacked[:2], strict=True)
+            ]
+        )
 
     def reference(self) -> Tensor:
         """fp32 [T, H]."""
+        gate_up, down = self._dense(self.gate_up), self._dense(self.down)
         sums = torch.zeros(self.x.shape)
         for token, (weights, ids) in enumerate(zip(self.topk_weights, self.topk_ids, strict=True)):
             for weight, expert in zip(weights.float(), ids.tolist(), strict=True):
-                if expert < 0:
-                    continue
-                both = self._linear(self.gate_up, expert, self.x[token].float())
-                gate, up = both.chunk(2)
-                active = torch.nn.functional.silu(gate) * up
-                sums[token] += weight * self._linear(self.down, expert, active)
+                if expert >= 0:
+                    gate, up = (gate_up[expert] @ self.x[token].float()).chunk(2)
+                    active = torch.nn.functional.silu(gate) * up
+                    sums[token] += weight * (down[expert] @ active)
         return sums
 
     def tokens(self, which: slice | Tensor) -> MoeCase:

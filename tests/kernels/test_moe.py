@@ -37,6 +37,7 @@ def test_matches_reference(isa: str, codec: str) -> None:
     close(cpu.moe(*case.args(), isa=isa), case)
 
 
+@pytest.mark.filterwarnings("ignore:PCDVQ layers run")
 @pytest.mark.parametrize("codec", [*CODECS[:2], "generic-trellis-8x16"])
 def test_fallback_matches_reference(codec: str) -> None:
     case = moe_case(codec, 17)
@@ -110,5 +111,3 @@ def test_bad_experts(layer: str, tensor: int) -> None:
     args[position][tensor] = args[position][tensor][:-1]
     with pytest.raises(PCDVQError, match=f"{layer} |gate_up row_scale"):
         torch.ops.pcdvq.moe(*args)
-
-

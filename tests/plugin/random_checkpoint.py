@@ -185,7 +185,9 @@ def _separate_experts(model: PreTrainedModel) -> None:
     """Give each expert linear layers of its own, with other weights."""
     naming = NAMINGS.get(model.config.model_type)
     if naming is not None:
-        moe = [index for index, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+        moe = [
+            index for index, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")
+        ]
         blocks = [f"model.layers.{index}.{naming.block}" for index in moe]
         separate_experts(model, [f"{block}.experts.0.{naming.gate}.weight" for block in blocks])
 

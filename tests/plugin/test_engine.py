@@ -113,8 +113,8 @@ def check(
 
 @pytest.mark.parametrize(
     ("config", "spec"),
-    [(ODD_LLAMA, ODD_BITS), (QWEN2, SIGNED), (PHI3, E8), (QWEN3_MOE, TRELLIS), (MIXTRAL, SIGNED)],
-    ids=["llama of odd sizes", "qwen2 with biases, tied", "phi3 fused on disk", "experts", "w123"],
+    [(ODD_LLAMA, ODD_BITS), (QWEN2, SIGNED), (PHI3, E8)],
+    ids=["llama of odd sizes", "qwen2 with biases, tied", "phi3 fused on disk"],
 )
 def test_logprobs(
     config: PreTrainedConfig, spec, engine: ProcessPoolExecutor, tmp_path: Path
@@ -161,18 +161,52 @@ def test_compiled(compiling_engine: ProcessPoolExecutor, tmp_path: Path) -> None
     assert compiling_engine.submit(compiled_models).result() == 1
 
 
+PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+@pytest.mark.parametrize(
+    ("config", "spec", "arguments"),
+    [
+        (MIXTRAL, SIGNED, PARALLEL),
+        (QWEN3_MOE, SIGNED, {**PARALLEL, "enable_expert_parallel": True}),
+    ],
+    ids=["mixtral, tensor parallel", "qwen3, expert parallel"],
+)
+def test_experts_of_two_ranks(
+    config: PreTrainedConfig,
+    spec: CodebookSpec,
+    arguments: dict[str, object],
+    engine: ProcessPoolExecutor,
+    tmp_path: Path,
+) -> None:
+    model = write_random_checkpoint(tmp_path, config, spec, max_tp=2)
+    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **arguments).result()
+    check(generations, model)
+
+
+def test_experts_and_reload(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    models = [
+        write_random_checkpoint(path, QWEN3_MOE, TRELLIS, seed=seed)
+        for seed, path in enumerate(paths)
+    ]
+    served = engine.submit(
+        generate_and_reload, paths[0], paths[1:], PROMPTS, dtype="float32"
+    ).result()
+    for generations, model in zip(served, models, strict=True):
+        check(generations, model)
+
+
 def test_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     model = write_random_checkpoint(tmp_path, tiny_llama(), max_tp=2)
-    arguments = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **arguments).result()
+    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **PARALLEL).result()
     check(generations, model)
 
 
 def test_quantized_embeddings_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     config = tiny_llama(vocab_size=333)
     model = write_random_checkpoint(tmp_path, config, max_tp=2, embeddings=SIGNED_4)
-    arguments = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **arguments).result()
+    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **PARALLEL).result()
     check(generations, model)
 
 

@@ -103,7 +103,10 @@ def test_ranks_add_up(
     ranks: list[FusedMoEParallelConfig], spec: CodebookSpec, vllm_config: object
 ) -> None:
     codebook, layers = make_codebook(spec), random_experts(spec)
-    dense = {name: each.dense(codebook, BLOCKS[PARTS[name.split(".")[-1]][1]]) for name, each in layers.items()}
+    dense = {
+        name: each.dense(codebook, BLOCKS[PARTS[name.split(".")[-1]][1]])
+        for name, each in layers.items()
+    }
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(9, HIDDEN, generator=generator)
     weights = torch.rand(9, TOP_K, generator=generator)

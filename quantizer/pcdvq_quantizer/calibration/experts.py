@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
-from pcdvq_quantizer.experts import Experts
+from pcdvq_quantizer.experts import Expert, Experts
 
 # Below, the moments of an expert's own tokens say less than those of all tokens of its layer.
 FEW_TOKENS = 256
@@ -53,6 +53,7 @@ def quantize_experts(
     """
     few = []
     for number, expert in enumerate(experts):
+        assert isinstance(expert, Expert)
         token, choice = torch.where(routed.index == number)
         original, x = routed.original, routed.quantized
         weights = torch.ones(len(x), 1, device=x.device)

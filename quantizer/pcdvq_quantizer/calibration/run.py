@@ -147,8 +147,9 @@ class _Calibration:
         _check_finite(original, f"output of {name} in the original model")
         replay = Replay(layer, call, state.quantized, stages)
         for number, stage in enumerate(stages):
-            if isinstance(layer.get_submodule(stage.linears[0]), Experts):
-                self._quantize_experts(name, replay, number)
+            experts = layer.get_submodule(stage.linears[0])
+            if isinstance(experts, Experts):
+                self._quantize_experts(f"{name}.{stage.linears[0]}", experts, replay, number)
             else:
                 statistics = InputStatistics.gather(_pairs(stage, replay, number))
                 names = [f"{name}.{linear}" for linear in stage.linears]
@@ -174,13 +175,11 @@ class _Calibration:
             weight.data = decoded.to(weight.device)
         self._progress.advance(sum(map(self._plan.size, names)))
 
-    def _quantize_experts(self, prefix: str, replay: Replay, number: int) -> None:
-        """Quantize the experts that are stage `number` of decoder layer `prefix`."""
-        stage = replay.stages[number]
-        name = f"{prefix}.{stage.linears[0]}"
+    def _quantize_experts(self, name: str, experts: Experts, replay: Replay, number: int) -> None:
+        """Quantize the experts `name`, stage `number` of a decoder layer."""
         arguments = zip(*replay.arguments(number), strict=True)
-        routed = Routed(torch.cat(stage.inputs), *(torch.cat(each) for each in arguments))
-        experts = replay.layer.get_submodule(stage.linears[0])
+        inputs = replay.stages[number].inputs
+        routed = Routed(torch.cat(inputs), *(torch.cat(each) for each in arguments))
         few = quantize_experts(name, experts, routed, self._quantize_linears)
         if few:
             self._progress.note(

@@ -105,6 +105,10 @@ struct PcdvqTrellis {
   int32_t dim, parity, field_bits, state_bits, threads, isa;  // dim: 2, 4 or 8
 };
 
+// Bytes of each problem's struct above, from PcdvqLinear on: a caller made for another version of this
+// interface must not call it.
+PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[5]);
+
 // The best PcdvqIsa of this CPU.
 PCDVQ_API int32_t pcdvq_best_isa();
 

@@ -34,10 +34,10 @@ _BAD_ID = 3
 
 # PcdvqLinear of kernels/csrc/pcdvq.h. Packing takes a third of what a ctypes.Structure takes.
 _LINEAR = struct.Struct("7P13q4i")
-# PcdvqEmbedding, likewise.
-_EMBEDDING = struct.Struct("6P13q3i")
+# PcdvqEmbedding, likewise; padded as in C.
+_EMBEDDING = struct.Struct("6P13q3i4x")
 # PcdvqMoe, with its two PcdvqExperts.
-_MOE = struct.Struct("5P3q" + 2 * "3P12q" + "3i")
+_MOE = struct.Struct("5P3q" + 2 * "3P12q" + "3i4x")
 
 
 class _Nearest(ctypes.Structure):
@@ -68,12 +68,29 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return str(error)
+    if _struct_bytes(library) != [
+        _LINEAR.size,
+        _EMBEDDING.size,
+        _MOE.size,
+        ctypes.sizeof(_Nearest),
+        ctypes.sizeof(_Trellis),
+    ]:
+        return f"{LIBRARY.name} was built from other sources than this version's"
     library.pcdvq_linear.argtypes = (ctypes.c_char_p,)
     library.pcdvq_embedding.argtypes = (ctypes.c_char_p,)
     library.pcdvq_moe.argtypes = (ctypes.c_char_p,)
     library.pcdvq_nearest.argtypes = (ctypes.POINTER(_Nearest),)
     library.pcdvq_trellis.argtypes = (ctypes.POINTER(_Trellis),)
     return library
+
+
+def _struct_bytes(library: ctypes.CDLL) -> list[int] | None:
+    """Sizes of the library's structs; None if it is older than the function that tells them."""
+    if not hasattr(library, "pcdvq_struct_bytes"):
+        return None
+    sizes = (ctypes.c_int64 * 5)()
+    library.pcdvq_struct_bytes(sizes)
+    return list(sizes)
 
 
 def available() -> bool:
@@ -84,8 +101,8 @@ def available() -> bool:
 def unavailable_message() -> str:
     """Why the compiled kernels cannot be used, and what to do about it."""
     return (
-        f"the compiled CPU kernels are missing ({_library()}). Install g++ (apt-get install g++, "
-        "or dnf install gcc-c++) and reinstall vllm-pcdvq"
+        f"the compiled CPU kernels cannot be used ({_library()}). Install g++ (apt-get install "
+        "g++, or dnf install gcc-c++) and reinstall vllm-pcdvq"
     )
 
 

@@ -58,6 +58,12 @@ def test_a_token_does_not_depend_on_the_others(activations: str) -> None:
         assert torch.equal(torch.ops.pcdvq.moe(*case.tokens(slice(count)).args()), together[:count])
     order = torch.randperm(33, generator=torch.Generator().manual_seed(0))
     assert torch.equal(torch.ops.pcdvq.moe(*case.tokens(order).args()), together[order])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(torch.ops.pcdvq.moe(*case.args()), together)
+    finally:
+        torch.set_num_threads(threads)
     error = (together - case.reference()).norm() / case.reference().norm()
     assert error < {"float": 1e-5, "int16": 1e-3, "int8": 0.03}[activations]
 

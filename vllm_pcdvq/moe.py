@@ -243,10 +243,9 @@ class PCDVQMoEMethod(FusedMoEMethodBase):
     def _add_part(self, layer: RoutedExperts, part: Part, experts: int, state: ExpertsLoad) -> None:
         """Add the parameters of `part` to `layer`, and what they are on disk to `state`."""
         rows, columns = part.rows, part.columns
-        here = self._shapes(rows, columns)
-        size = state.tp_size
-        disk = self._shapes(rows * size, columns) if part.by_rows else None
-        disk = disk or self._shapes(rows, columns * size)
+        here, size = self._shapes(rows, columns), state.tp_size
+        whole = (rows * size, columns) if part.by_rows else (rows, columns * size)
+        disk = self._shapes(*whole)
         split = {QWEIGHT: 0, ROW_SCALE: 0} if part.by_rows else {QWEIGHT: 1, SIGNS_IN: 0}
         for tensor in PACKED_TENSORS:
             shape = experts, len(part.shards), *here[tensor]

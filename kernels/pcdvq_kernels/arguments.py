@@ -157,7 +157,7 @@ def check_moe(
     experts, both = (*gate_up[0].shape[:2], 0, 0)[:2]
     shapes = []
     for name, tensors, layout, rows, columns in (
-        ("gate_up", gate_up, gate_up_layout, both, hidden),
+        ("gate_up", gate_up, gate_up_layout, both // 2 * 2, hidden),
         ("down", down, down_layout, hidden, both // 2),
     ):
         qweight, row_scale, signs_in = tensors

@@ -108,6 +108,13 @@ def test_bad_arguments(run, position: int, value: torch.Tensor, message: str) ->
         run(*args)
 
 
+def test_gate_and_up_of_different_sizes() -> None:
+    args = list(moe_case("signed-8x16", 2).args())
+    args[3] = [args[3][0][:, :-1].contiguous(), args[3][1][:, :-1].contiguous(), args[3][2]]
+    with pytest.raises(PCDVQError, match="gate_up qweight"):
+        torch.ops.pcdvq.moe(*args)
+
+
 @pytest.mark.parametrize("layer", ["gate_up", "down"])
 @pytest.mark.parametrize("tensor", range(3), ids=["qweight", "row_scale", "signs_in"])
 def test_bad_experts(layer: str, tensor: int) -> None:

@@ -66,6 +66,9 @@ E8 = CodebookSpec(
 )
 
 
+NOT_QUANTIZED = ("lm_head", "shared_expert_gate")
+
+
 @dataclass(frozen=True)
 class PackedLayer:
     """The tensors of one quantized layer, as they are on disk."""
@@ -134,7 +137,7 @@ def write_random_checkpoint(
 
     Args:
         path: the new directory.
-        hf_config: the model; every linear layer except `lm_head` is quantized.
+        hf_config: the model; every linear layer except `NOT_QUANTIZED` is quantized.
         spec: layout of the codes.
         max_tp: tensor-parallel size that the Hadamard blocks allow, where K does.
         dtype: of all that is not quantized.
@@ -203,7 +206,7 @@ def _quantize_linears(
     blocks: dict[str, int] = {}
     signs: dict[tuple[str, bool], Tensor] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+        if not isinstance(module, torch.nn.Linear) or name.endswith(NOT_QUANTIZED):
             continue
         columns = module.in_features
         block = blocks.setdefault(str(columns), choose_block(columns, max_tp))

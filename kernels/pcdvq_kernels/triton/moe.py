@@ -95,8 +95,8 @@ def moe_kernel(
         row = tl.program_id(0)
         line = expert * tl.num_programs(0) + row
         words += line * (tiles * LINE)
-        acc = accumulate(words, table, x, scales, tokens, padded, 0, tiles, tiles, 1, FMT, ASM)
-        rows = tile_rows(row, 1)
+        acc = accumulate(words, table, x, scales, tokens, padded, 0, tiles, tiles, FMT, ASM)
+        rows = tile_rows(row)
         acc = scale_rows(acc, row_scale + expert * N, row_scale, rows, N, False)
         to = out + ids.to(tl.int64)[None, :] * N + rows[:, None]
         inside = (rows < N)[:, None] & real[None, :]

@@ -29,11 +29,12 @@ const Kernels* kernels_for(int32_t isa) {
 
 }  // namespace pcdvq
 
-void pcdvq_struct_bytes(int64_t bytes[4]) {
+void pcdvq_struct_bytes(int64_t bytes[5]) {
   bytes[0] = sizeof(PcdvqLinear);
   bytes[1] = sizeof(PcdvqEmbedding);
-  bytes[2] = sizeof(PcdvqNearest);
-  bytes[3] = sizeof(PcdvqTrellis);
+  bytes[2] = sizeof(PcdvqMoe);
+  bytes[3] = sizeof(PcdvqNearest);
+  bytes[4] = sizeof(PcdvqTrellis);
 }
 
 int32_t pcdvq_best_isa() {

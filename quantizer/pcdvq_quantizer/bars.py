@@ -29,3 +29,6 @@ class Bars(Progress):
     def advance(self, steps: int) -> None:
         if self._task is not None:
             self._bars.advance(self._task, steps)
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(text, highlight=False)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bare_layers import make_codebook, make_config
+from pcdvq_kernels.codebook import Codebook
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from random_checkpoint import SIGNED, TRELLIS, PackedLayer, random_layer
@@ -90,6 +91,29 @@ def run(layer: RoutedExperts, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor
     return layer.forward_modular(x, weights, ids)
 
 
+def random_tokens() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, and the weights and numbers of their experts."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(9, HIDDEN, generator=generator)
+    weights = torch.rand(9, TOP_K, generator=generator)
+    return x, weights, torch.rand(9, EXPERTS, generator=generator).topk(TOP_K).indices.int()
+
+
+def reference(
+    layers: dict[str, PackedLayer], codebook: Codebook, x: Tensor, weights: Tensor, ids: Tensor
+) -> Tensor:
+    """What the experts make of x with dense weights."""
+    y = torch.zeros_like(x)
+    for token, each in enumerate(x):
+        for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
+            gate, up, down = (
+                layers[f"{NAME}.{expert}.{part}"].dense(codebook, BLOCKS[columns])
+                for part, (_, columns) in PARTS.items()
+            )
+            y[token] += weight * (down @ (torch.nn.functional.silu(gate @ each) * (up @ each)))
+    return y
+
+
 RANKS = {
     "tensor parallel": [replace(ALONE, tp_size=2, tp_rank=rank) for rank in range(2)],
     "expert parallel": [replace(ALONE, ep_size=2, ep_rank=rank, use_ep=True) for rank in range(2)],
@@ -103,20 +127,8 @@ def test_ranks_add_up(
     ranks: list[FusedMoEParallelConfig], spec: CodebookSpec, vllm_config: object
 ) -> None:
     codebook, layers = make_codebook(spec), random_experts(spec)
-    dense = {
-        name: each.dense(codebook, BLOCKS[PARTS[name.split(".")[-1]][1]])
-        for name, each in layers.items()
-    }
-    generator = torch.Generator().manual_seed(4)
-    x = torch.randn(9, HIDDEN, generator=generator)
-    weights = torch.rand(9, TOP_K, generator=generator)
-    ids = torch.rand(9, EXPERTS, generator=generator).topk(TOP_K).indices.int()
-    expected = torch.zeros_like(x)
-    for token in range(9):
-        for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
-            gate, up, down = (dense[f"{NAME}.{expert}.{part}"] for part in PARTS)
-            active = torch.nn.functional.silu(gate @ x[token]) * (up @ x[token])
-            expected[token] += weight * (down @ active)
+    x, weights, ids = random_tokens()
+    expected = reference(layers, codebook, x, weights, ids)
     found = torch.zeros_like(x)
     for parallel in ranks:
         layer = build(make_config(LAYERS, BLOCKS, codebook), parallel)

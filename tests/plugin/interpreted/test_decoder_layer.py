@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import test_experts as experts
 from bare_layers import (
     PACKED_MODULES,
     finish,
@@ -90,3 +91,16 @@ def test_embedding() -> None:
     assert layer.qweight.dtype == torch.int32
     ids = torch.tensor([0, 39, 7])
     torch.testing.assert_close(layer(ids), part.dense(codebook, BLOCK)[ids])
+
+
+@pytest.mark.usefixtures("_vllm")
+def test_experts() -> None:
+    codebook, layers = make_codebook(TRELLIS), experts.random_experts(TRELLIS)
+    config = make_config(list(layers), experts.BLOCKS, codebook)
+    layer = experts.build(config)
+    experts.load(layer, experts.tensors(layers))
+    assert layer.w13_qweight.dtype == torch.int32
+    tokens = [each[:2] for each in experts.random_tokens()]
+    expected = experts.reference(layers, codebook, *tokens)
+    found = experts.run(layer, *tokens)
+    assert (found - expected).norm() < 3 * INT8_ERROR * expected.norm()

@@ -14,21 +14,18 @@ from pcdvq_kernels.config import (
     PCDVQCheckpointConfig,
 )
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
-from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
 
 from vllm_pcdvq.codebooks import CodebookStore, read_codebooks
+from vllm_pcdvq.startup import Startup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.models.utils import WeightsMapper
-
-# A child of vLLM's logger, so that its handlers and VLLM_LOGGING_LEVEL apply.
-logger = init_logger("vllm.pcdvq")
 
 # Key of vLLM's --additional-config.
 ACTIVATIONS_OPTION = "pcdvq_activations"
@@ -44,6 +41,7 @@ class PCDVQConfig(QuantizationConfig):
         layers: quantized layer to codebook id, under vLLM's names for the layers.
         embedding: the quantized input embedding, likewise; None if it is not quantized.
         codebooks: the codebooks, once `maybe_update_config` has read them.
+        startup: what this worker has built and loaded so far.
     """
 
     def __init__(self, checkpoint: PCDVQCheckpointConfig | None = None) -> None:
@@ -63,11 +61,10 @@ class PCDVQConfig(QuantizationConfig):
         self.layers = dict(checkpoint.layers)
         self.embedding = checkpoint.embedding
         self.codebooks: CodebookStore | None = None
+        self.startup = Startup()
         self._mappers: list[WeightsMapper] = []
-        self._built: dict[str, list[tuple[str, int]]] = {}
         self._model_config: ModelConfig | None = None
         self._loaded_from: str | None = None
-        self._logged = False
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -164,6 +161,9 @@ class PCDVQConfig(QuantizationConfig):
 
     def _codebook_of(self, prefix: str) -> str | None:
         """Codebook id of the linear layer `prefix`, None if it is not quantized."""
+        if prefix not in self.layers:
+            # vLLM's Falcon-H1 and Granite hybrids build as `mixer` what they load as `mamba`.
+            prefix = prefix.replace(".mixer.", ".mamba.")
         if prefix in self.layers:
             return self.layers[prefix]
         parent, dot, name = prefix.rpartition(".")
@@ -188,7 +188,7 @@ class PCDVQConfig(QuantizationConfig):
 
     def add_layer(self, kind: str, codebook: str, weights: int, model: ModelConfig | None) -> None:
         """Take note of a layer that this worker builds, and of the model it is part of."""
-        self._built.setdefault(kind, []).append((codebook, weights))
+        self.startup.add_layer(kind, self.spec(codebook), weights)
         if model is not None:
             self._model_config, self._loaded_from = model, model.model
 
@@ -207,19 +207,3 @@ class PCDVQConfig(QuantizationConfig):
             self.codebooks.replace(read_codebooks(model.model, model.revision, self.checkpoint))
             self._loaded_from = model.model
         return self.codebooks
-
-    def log_once(self, backend: str) -> None:
-        """Say once per worker what it serves and with which kernels."""
-        if self._logged:
-            return
-        self._logged = True
-        for kind, layers in self._built.items():
-            bits = sum(self.spec(codebook).bits * weights for codebook, weights in layers)
-            logger.info(
-                "PCDVQ: %d %s, codebooks %s, on average %.3f bits per weight, kernels: %s",
-                len(layers),
-                kind,
-                ", ".join(sorted({codebook for codebook, _ in layers})),
-                bits / sum(weights for _, weights in layers),
-                backend,
-            )

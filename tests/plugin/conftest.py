@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from bare_layers import tensor_parallel
+from engine_worker import inspect_models_here
 from vllm.config import VllmConfig, set_current_vllm_config
 
 
@@ -34,7 +35,7 @@ def engine_process(cache: Path, **changes: str) -> Iterator[ProcessPoolExecutor]
             for name, value in environment.items():
                 patch.setenv(name, value)
             # The first task starts the process, which inherits the environment.
-            executor.submit(int).result()
+            executor.submit(inspect_models_here).result()
         yield executor
 
 

@@ -39,6 +39,7 @@ class PCDVQConfig(QuantizationConfig):
     Attributes:
         checkpoint: the parsed `quantization_config`.
         layers: quantized layer to codebook id, under vLLM's names for the layers.
+        left: modules that are not quantized, likewise.
         embedding: the quantized input embedding, likewise; None if it is not quantized.
         codebooks: the codebooks, once `maybe_update_config` has read them.
         startup: what this worker has built and loaded so far.
@@ -59,6 +60,7 @@ class PCDVQConfig(QuantizationConfig):
             )
         self.checkpoint = checkpoint
         self.layers = dict(checkpoint.layers)
+        self.left = set(checkpoint.modules_to_not_convert)
         self.embedding = checkpoint.embedding
         self.codebooks: CodebookStore | None = None
         self.startup = Startup()
@@ -104,7 +106,7 @@ class PCDVQConfig(QuantizationConfig):
         self.codebooks = CodebookStore(read_codebooks(model_name, revision, self.checkpoint))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Rename `layers` as the model renames its modules.
+        """Rename all modules as the model does.
 
         A model and its parts may bring the same mapper: each distinct one is applied once.
         """
@@ -113,6 +115,7 @@ class PCDVQConfig(QuantizationConfig):
             self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
             if self.embedding is not None:
                 self.embedding = next(iter(hf_to_vllm_mapper.apply_list([self.embedding])), None)
+            self.left = set(hf_to_vllm_mapper.apply_list(list(self.left)))
 
     def activations(self, vllm_config: VllmConfig | None) -> Activations:
         """What activations are rounded to: the server's option, or what the checkpoint says.
@@ -175,7 +178,21 @@ class PCDVQConfig(QuantizationConfig):
                 f"layer {prefix} serves {len(parts)} layers as one, which must all have the same "
                 f"codebook or none ({listed}). Quantize again with one rate for them."
             )
-        return next(iter(codebooks.values()))
+        codebook = next(iter(codebooks.values()))
+        if codebook is None and not self.left.intersection(parts):
+            self._check_unnamed(prefix, {part.rpartition(".")[2] for part in parts})
+        return codebook
+
+    def _check_unnamed(self, prefix: str, names: set[str]) -> None:
+        """Raise CheckpointError if `prefix` may be a quantized layer under a name of vLLM's own."""
+        alike = (layer for layer in self.layers if layer.rpartition(".")[2] in names)
+        if example := next(alike, None):
+            name = example.rpartition(".")[2]
+            raise CheckpointError(
+                f"vLLM builds a layer {prefix}, and the checkpoint has none of that name but "
+                f"{example}: which is which cannot be told for this architecture. Quantize again "
+                f"with --skip '*.{name}'."
+            )
 
     def refuse_quantized(self, layer: torch.nn.Module, prefix: str) -> None:
         """Raise CheckpointError if `prefix` is quantized: it would silently get no weights."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from pcdvq_kernels.checkpoint import open_checkpoint
 from pcdvq_kernels.errors import PCDVQError
 
@@ -45,7 +44,7 @@ def push(
         write_model_card(directory, evaluations)
     try:
         return _upload(HfApi(), directory, repo_id, private)
-    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PCDVQError(
             f"the Hub did not take {directory} as {repo_id} ({reason}); check the name, the "

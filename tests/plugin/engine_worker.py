@@ -86,6 +86,19 @@ def generate(
         _close(llm)
 
 
+def generate_twice(
+    checkpoint: Path, prompts: list[list[int]], **arguments: Any
+) -> tuple[list[list[Generation]], dict[str, float]]:
+    """The same prompts twice on one engine, and what its counters say then."""
+    llm = make_engine(checkpoint, disable_log_stats=False, **arguments)
+    try:
+        results = [continue_prompts(llm, prompts) for _ in range(2)]
+        metrics = llm.get_metrics()
+        return results, {each.name: each.value for each in metrics if hasattr(each, "value")}
+    finally:
+        _close(llm)
+
+
 def generate_and_reload(
     first: Path, others: list[Path], prompts: list[list[int]], **arguments: Any
 ) -> list[list[Generation]]:

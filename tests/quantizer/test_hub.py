@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
-from hub import Hub, running_hub
+from hub import TOKEN, Hub, running_hub
 from models import save_model, tiny_config
 from pcdvq_kernels.checkpoint import REPORT_FILE
 from pcdvq_kernels.errors import PCDVQError
+from pcdvq_quantizer import cli
 from pcdvq_quantizer.card import write_model_card
 from pcdvq_quantizer.evaluation.data import DataFile
 from pcdvq_quantizer.evaluation.report import EvaluationReport, Protocol
 from pcdvq_quantizer.evaluation.scores import LastWord, Perplexity
+from pcdvq_quantizer.finetune import FinetuneOptions
+from pcdvq_quantizer.hub import push
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
+from typer.main import get_command
+from typer.testing import CliRunner
 
 REPO = "someone/tiny-pcdvq"
 
@@ -60,22 +63,22 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def push(hub: Hub, home: Path, *arguments: object, **environment: str) -> tuple[int, str]:
-    """Exit code and output of `pcdvq push ARGUMENTS` in a process of its own environment."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pcdvq_quantizer.cli", "push", *map(str, arguments)],
-        env={**os.environ, **hub.environment(home), **environment},
-        capture_output=True,
-        text=True,
-    )
-    return result.returncode, result.stdout + result.stderr
+@pytest.fixture
+def logged_in(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process takes `hub` for the Hub."""
+    for name, value in (("ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False)):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
-def test_push(hub: Hub, checkpoint: Path, evaluation: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("logged_in")
+def test_push(hub: Hub, checkpoint: Path, evaluation: Path) -> None:
     """All files arrive; a second upload deletes weights of another name, and nothing else."""
-    code, output = push(hub, tmp_path, checkpoint, REPO, "--eval", evaluation)
-    assert code == 0, output
-    assert f"vllm serve {REPO} --quantization pcdvq" in output
+    arguments = ["push", str(checkpoint), REPO, "--eval", str(evaluation)]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"vllm serve {REPO} --quantization pcdvq" in result.output
     repository = hub.repositories[REPO]
     local = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     assert repository.files == local
@@ -84,43 +87,47 @@ def test_push(hub: Hub, checkpoint: Path, evaluation: Path, tmp_path: Path) -> N
         "| out | perplexity | 21.137 | 0.800 | wiki.raw, 40 windows" in local["README.md"].decode()
     )
     repository.files |= {"model-00002-of-00002.safetensors": b"old", "notes.txt": b"mine"}
-    code, output = push(hub, tmp_path, checkpoint, REPO)
-    assert code == 0, output
+    push(checkpoint, REPO)
     assert repository.files == {**local, "notes.txt": b"mine"}
-    code, output = push(hub, tmp_path, checkpoint, REPO, "--private")
-    assert code == 1
-    assert f"{REPO} exists and is public" in output
+    with pytest.raises(PCDVQError, match=f"{REPO} exists and is public"):
+        push(checkpoint, REPO, private=True)
 
 
-def test_private(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
-    assert push(hub, tmp_path, checkpoint, "someone/secret", "--private")[0] == 0
+@pytest.mark.usefixtures("logged_in")
+def test_private(hub: Hub, checkpoint: Path) -> None:
+    push(checkpoint, "someone/secret", private=True)
     assert hub.repositories["someone/secret"].private
 
 
-def test_refused(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
-    code, output = push(hub, tmp_path, checkpoint, "someone/other", HF_TOKEN="hf_wrong")
-    assert code == 1
-    assert "error: the Hub did not take" in output
-    assert "401" in output
+@pytest.mark.usefixtures("logged_in")
+def test_refused(hub: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(PCDVQError, match=r"the Hub did not take .* as someone/other \(.*401"):
+        push(checkpoint, "someone/other")
     assert "someone/other" not in hub.repositories
-    code, output = push(hub, tmp_path, checkpoint, "someone/other", HF_TOKEN="")
-    assert code == 1
-    assert "nobody is logged in to the Hub; run `hf auth login`" in output
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(PCDVQError, match="the Hub did not take"):
+        push(checkpoint, "someone/other")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(PCDVQError, match="offline"):
+        push(checkpoint, "someone/other")
+
+
+def test_nobody_is_logged_in(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcdvq_quantizer.hub.get_token", lambda: None)
+    with pytest.raises(PCDVQError, match="nobody is logged in to the Hub; run `hf auth login`"):
+        push(checkpoint, "someone/other")
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
-    from pcdvq_quantizer.hub import push as push_checkpoint
-
     source = save_model(tmp_path / "plain", tiny_config())
     with pytest.raises(PCDVQError, match="not a PCDVQ checkpoint"):
-        push_checkpoint(source, REPO)
+        push(source, REPO)
 
 
 def test_name_without_a_user(checkpoint: Path) -> None:
-    from pcdvq_quantizer.hub import push as push_checkpoint
-
     with pytest.raises(PCDVQError, match="tiny is not the name of a repository; give USER/REPO"):
-        push_checkpoint(checkpoint, "tiny")
+        push(checkpoint, "tiny")
 
 
 def test_card(checkpoint: Path, evaluation: Path) -> None:
@@ -146,10 +153,6 @@ def test_card(checkpoint: Path, evaluation: Path) -> None:
 
 def test_recorded_options_are_options(checkpoint: Path) -> None:
     """What the card shows can be typed: each field of the options is an option of the command."""
-    from pcdvq_quantizer import cli
-    from pcdvq_quantizer.finetune import FinetuneOptions
-    from typer.main import get_command
-
     commands = get_command(cli.app).commands
     for name, options in (("quantize", QuantizeOptions()), ("finetune", FinetuneOptions())):
         flags = {flag for parameter in commands[name].params for flag in parameter.opts}

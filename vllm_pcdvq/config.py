@@ -164,12 +164,12 @@ class PCDVQConfig(QuantizationConfig):
 
     def _codebook_of(self, prefix: str) -> str | None:
         """Codebook id of the linear layer `prefix`, None if it is not quantized."""
-        if prefix not in self.layers:
-            # vLLM's Falcon-H1 and Granite hybrids build as `mixer` what they load as `mamba`.
-            prefix = prefix.replace(".mixer.", ".mamba.")
-        if prefix in self.layers:
-            return self.layers[prefix]
-        parent, dot, name = prefix.rpartition(".")
+        # vLLM's Granite hybrids build as `mixer` what they load as `mamba`.
+        mamba = prefix.replace(".mixer.", ".mamba.")
+        stored = mamba if mamba in self.layers or mamba in self.left else prefix
+        if stored in self.layers:
+            return self.layers[stored]
+        parent, dot, name = stored.rpartition(".")
         parts = [parent + dot + part for part in self.packed_modules_mapping.get(name, [name])]
         codebooks = {part: self.layers.get(part) for part in parts}
         if len(set(codebooks.values())) > 1:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from bare_layers import tensor_parallel
 from engine_worker import inspect_models_here
+from hub import Hub, running_hub
 from vllm.config import VllmConfig, set_current_vllm_config
 
 
@@ -44,6 +45,17 @@ def engine(pytestconfig: pytest.Config) -> Iterator[ProcessPoolExecutor]:
     # vLLM compiles a few helpers even in eager mode, which takes longer than all the rest.
     with engine_process(pytestconfig.cache.mkdir("vllm"), TORCH_COMPILE_DISABLE="1") as executor:
         yield executor
+
+
+@pytest.fixture
+def hub_engine(
+    pytestconfig: pytest.Config, tmp_path: Path
+) -> Iterator[tuple[Hub, ProcessPoolExecutor]]:
+    """A Hub on this machine, and engines that load models from it."""
+    with running_hub() as hub:
+        environment = {**hub.environment(tmp_path / "home"), "TORCH_COMPILE_DISABLE": "1"}
+        with engine_process(pytestconfig.cache.mkdir("vllm"), **environment) as executor:
+            yield hub, executor
 
 
 @pytest.fixture

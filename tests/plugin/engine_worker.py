@@ -36,7 +36,7 @@ def inspect_models_here() -> None:
     registry._run_in_subprocess = lambda inspect: inspect()
 
 
-def make_engine(checkpoint: Path, **arguments: Any) -> Any:
+def make_engine(checkpoint: Path | str, **arguments: Any) -> Any:
     from vllm import LLM
 
     return LLM(str(checkpoint), **{**SMALL, **arguments})
@@ -77,7 +77,7 @@ def _close(llm: Any) -> None:
 
 
 def generate(
-    checkpoint: Path, prompts: list[list[int]], adapter: Path | None = None, **arguments: Any
+    checkpoint: Path | str, prompts: list[list[int]], adapter: Path | None = None, **arguments: Any
 ) -> list[Generation]:
     llm = make_engine(checkpoint, enable_lora=adapter is not None, **arguments)
     try:

@@ -105,8 +105,9 @@ def test_layer_that_vllm_names_in_its_own_way() -> None:
     assert isinstance(_method(config, "layers.0.mixer.in_proj"), PCDVQLinearMethod)
     with pytest.raises(CheckpointError, match=r"a layer model\.0\.mixer\.in_proj.*'\*\.in_proj'"):
         _method(config, "model.0.mixer.in_proj")
-    config.left = {"layers.1.o_proj"}
-    assert isinstance(_method(config, "layers.1.o_proj"), CheckedUnquantizedLinearMethod)
+    config.left = {"layers.1.o_proj", "layers.1.mamba.in_proj"}
+    for name in ("layers.1.o_proj", "layers.1.mixer.in_proj"):
+        assert isinstance(_method(config, name), CheckedUnquantizedLinearMethod)
 
 
 def test_activations(vllm_config) -> None:

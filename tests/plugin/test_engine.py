@@ -16,6 +16,7 @@ from engine_worker import (
     generate_and_reload,
     generate_twice,
 )
+from hub import Hub, Repository
 from models import change_config, save_model, tiny_config
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_quantizer.plan import NONE, QuantizeOptions, make_plan
@@ -202,6 +203,7 @@ def test_features(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     """Prefix caching, chunked prefill and speculation, all at once, change nothing."""
     model = write_random_checkpoint(tmp_path, tiny_llama())
     arguments = {
+        "block_size": 32,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 16,
         "speculative_config": {
@@ -218,6 +220,15 @@ def test_features(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
         check(generations, model)
     assert counted["vllm:prefix_cache_hits"] >= 64
     assert counted["vllm:spec_decode_num_draft_tokens"] > 0
+
+
+def test_repository_of_the_hub(hub_engine: tuple[Hub, ProcessPoolExecutor], tmp_path: Path) -> None:
+    """By its id: downloaded by vLLM, and before that the codebooks by the plugin."""
+    model = write_random_checkpoint(tmp_path / "local", tiny_llama())
+    files = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    hub, engine = hub_engine
+    hub.repositories["someone/tiny"] = Repository(private=False, files=files)
+    check(engine.submit(generate, "someone/tiny", PROMPTS, dtype="float32").result(), model)
 
 
 @pytest.mark.parametrize("embeddings", [None, INT8], ids=["embeddings left", "8 bits"])

@@ -155,11 +155,13 @@ def test_output_shards(name: str, size: int, spec: CodebookSpec, vllm_config) ->
     )
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("width", [K, 576, 896, 4864])
+@pytest.mark.parametrize(
+    ("width", "size"),
+    [(K, 1), (K, 2), (K, 4), (576, 1), (576, 3), (896, 2), (4864, 2), (4864, 4)],
+)
 def test_input_shards(width: int, size: int, vllm_config) -> None:
-    """Also at widths that are no powers of two, with the blocks that `--max-tp 4` chooses."""
-    block, codebook = choose_block(width, 4), make_codebook()
+    """Also at widths that are no powers of two, with the blocks that `--max-tp 8` chooses."""
+    block, codebook = choose_block(width, 8), make_codebook()
     (part,), bias, x = make_parts([96], width), torch.randn(96), torch.randn(3, width)
     config = make_config(["m.down"], {width: block}, codebook)
     total = torch.zeros(3, 96)
@@ -178,7 +180,8 @@ def test_input_shards(width: int, size: int, vllm_config) -> None:
         (256, 64, 8, r"--tensor-parallel-size 4\."),
         (4096, 4096, 2, r"--tensor-parallel-size 1, or quantize again with --max-tp 2\."),
         (72, 8, 2, r"--tensor-parallel-size 1\."),
-        (576, 64, 2, r"--tensor-parallel-size 1, or quantize again with --max-tp 2\."),
+        (576, 64, 2, r"--tensor-parallel-size 1\."),
+        (896, 64, 4, r"--tensor-parallel-size 2\."),
         (4864, 256, 4, r"--tensor-parallel-size 1, or quantize again with --max-tp 4\."),
     ],
 )

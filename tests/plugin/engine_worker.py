@@ -86,6 +86,25 @@ def generate(
         _close(llm)
 
 
+def generate_in_stages(
+    checkpoint: Path, prompts: list[list[int]], **arguments: Any
+) -> list[Generation]:
+    """With pipeline parallelism, in eager mode.
+
+    On a CPU, vLLM makes the buffers between stages while it warms up, which eager mode leaves out.
+    """
+    llm = make_engine(checkpoint, distributed_executor_backend="mp", **arguments)
+    try:
+        llm.collective_rpc(_warm_up)
+        return continue_prompts(llm, prompts)
+    finally:
+        _close(llm)
+
+
+def _warm_up(worker: Any) -> None:
+    worker.model_runner.profile_run()
+
+
 def generate_twice(
     checkpoint: Path, prompts: list[list[int]], **arguments: Any
 ) -> tuple[list[list[Generation]], dict[str, float]]:

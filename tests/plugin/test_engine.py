@@ -14,6 +14,7 @@ from engine_worker import (
     compiled_models,
     generate,
     generate_and_reload,
+    generate_in_stages,
     generate_twice,
 )
 from hub import Hub, Repository
@@ -189,6 +190,12 @@ def test_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     arguments = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **arguments).result()
     check(generations, model)
+
+
+def test_pipeline_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    model = write_random_checkpoint(tmp_path, tiny_llama(), embeddings=INT8)
+    arguments = {"dtype": "float32", "pipeline_parallel_size": 2}
+    check(engine.submit(generate_in_stages, tmp_path, PROMPTS, **arguments).result(), model)
 
 
 def test_quantized_embeddings_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Startup:
         self.ready += 1
         if self.ready == sum(map(len, self.built.values())):
             logger.info(
-                "PCDVQ: %s; %.3f GiB packed, made ready in %.1f s; kernels: %s",
+                "PCDVQ: %s; %.3g GiB packed, made ready in %.1f s; kernels: %s",
                 ", ".join(map(self._describe, self.built)),
                 self.bytes / 2**30,
                 self.seconds,

@@ -82,7 +82,7 @@ def test_one_line_says_what_is_served(vllm_config, caplog: pytest.LogCaptureFixt
     gib = 2 * (64 * K * 2 / 8 + 4 * 64 + K / 8) / 2**30
     assert re.fullmatch(
         r"PCDVQ: 2 linear layers \(signed, codes of 2\.000 bits per weight\); "
-        rf"{gib:.3f} GiB packed, made ready in \d+\.\d s; kernels: cpu (scalar|avx2|avx512)",
+        rf"{gib:.3g} GiB packed, made ready in \d+\.\d s; kernels: cpu (scalar|avx2|avx512)",
         caplog.messages[0],
     )
 

@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

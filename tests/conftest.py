@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads that wait must not take the cores of tests that run beside them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # These need TRITON_INTERPRET=1 from the start; other tests run them in processes of their own.
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*/interpreted/*"]

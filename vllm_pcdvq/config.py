@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # Key of vLLM's --additional-config.
 ACTIVATIONS_OPTION = "pcdvq_activations"
 
+# vLLM's Qwen3-MoE says this of its dense layers only after it has asked for our config.
+PACKED_ANYWAY = {"gate_up_proj": ["gate_proj", "up_proj"]}
+
 
 class PCDVQConfig(QuantizationConfig):
     """`quantization_config` of a PCDVQ checkpoint, as vLLM sees it.
@@ -139,21 +142,25 @@ class PCDVQConfig(QuantizationConfig):
         return self.checkpoint.codebooks[codebook]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of the linear layer, embedding or output head `prefix`, else None.
+        """The method of the linear layer, experts, embedding or output head `prefix`, else None.
 
         Raises:
             CheckpointError: the checkpoint treats the parts of a fused layer differently, or
                 quantizes a layer of another kind.
         """
         # Imported here because these modules bring the op library: `register` must stay light.
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from vllm_pcdvq.embedding import embedding_method
         from vllm_pcdvq.linear import CheckedUnquantizedLinearMethod, PCDVQLinearMethod
+        from vllm_pcdvq.moe import moe_method
 
         if isinstance(layer, VocabParallelEmbedding):
             return embedding_method(self, layer, prefix)
+        if isinstance(layer, RoutedExperts):
+            return moe_method(self, layer, prefix)
         if not isinstance(layer, LinearBase):
             self.refuse_quantized(layer, prefix)
             return None
@@ -170,7 +177,8 @@ class PCDVQConfig(QuantizationConfig):
         if stored in self.layers:
             return self.layers[stored]
         parent, dot, name = stored.rpartition(".")
-        parts = [parent + dot + part for part in self.packed_modules_mapping.get(name, [name])]
+        packed = {**PACKED_ANYWAY, **self.packed_modules_mapping}
+        parts = [parent + dot + part for part in packed.get(name, [name])]
         codebooks = {part: self.layers.get(part) for part in parts}
         if len(set(codebooks.values())) > 1:
             listed = ", ".join(f"{part}: {id or 'none'}" for part, id in codebooks.items())
@@ -187,11 +195,11 @@ class PCDVQConfig(QuantizationConfig):
         """Raise CheckpointError if `prefix` may be a quantized layer under a name of vLLM's own."""
         alike = (layer for layer in self.layers if layer.rpartition(".")[2] in names)
         if example := next(alike, None):
-            name = example.rpartition(".")[2]
+            skip = " ".join(f"--skip '*.{name}'" for name in sorted(names))
             raise CheckpointError(
                 f"vLLM builds a layer {prefix}, and the checkpoint has none of that name but "
                 f"{example}: which is which cannot be told for this architecture. Quantize again "
-                f"with --skip '*.{name}'."
+                f"with {skip}."
             )
 
     def refuse_quantized(self, layer: torch.nn.Module, prefix: str) -> None:

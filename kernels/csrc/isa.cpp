@@ -29,6 +29,14 @@ const Kernels* kernels_for(int32_t isa) {
 
 }  // namespace pcdvq
 
+void pcdvq_struct_bytes(int64_t bytes[5]) {
+  bytes[0] = sizeof(PcdvqLinear);
+  bytes[1] = sizeof(PcdvqEmbedding);
+  bytes[2] = sizeof(PcdvqMoe);
+  bytes[3] = sizeof(PcdvqNearest);
+  bytes[4] = sizeof(PcdvqTrellis);
+}
+
 int32_t pcdvq_best_isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
   // The AVX2 kernels also use f16c, popcnt, bmi and bmi2: every CPU with AVX2 and FMA but the

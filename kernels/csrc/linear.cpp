@@ -1,10 +1,10 @@
 // Driver of pcdvq_linear: threads, blocking, scratch. The arithmetic is in the ISA kernels.
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 #include <new>
 #include <type_traits>
 
+#include "buffer.h"
 #include "isa.h"
 #include "numeric.h"
 #include "threads.h"
@@ -19,22 +19,6 @@ constexpr int64_t kBlockRows = 256;
 constexpr int64_t kDotRows = 8;
 // Columns of one unit of the rotation, at least a Hadamard block.
 constexpr int64_t kRotateColumns = 1024;
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  const int64_t bytes = round_up(count * int64_t(sizeof(T)), 64);
-  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, size_t(bytes))));
-}
 
 struct Linear {
   const PcdvqLinear& p;

@@ -65,6 +65,27 @@ struct PcdvqEmbedding {
   int32_t dtype, threads, isa;
 };
 
+// The same linear layer of every expert; they share input signs.
+struct PcdvqExperts {
+  const uint8_t* qweight;    // [experts, n, row_bytes]
+  const float* row_scale;    // [experts, n]
+  const uint8_t* signs_in;   // [k / 8]
+  int64_t n, k, row_bytes;
+  PcdvqLayout layout;
+};
+
+struct PcdvqMoe {
+  const void* x;              // dtype [tokens, hidden]
+  const int32_t* ids;         // [tokens, top_k]; those outside of [0, experts) count for nothing
+  const float* weights;       // [tokens, top_k]
+  const int8_t* codewords;    // as in PcdvqLinear
+  void* out;                  // dtype [tokens, hidden]
+  int64_t tokens, top_k, experts;
+  PcdvqExperts gate_up;       // n: 2 inner, gate before up; k: hidden
+  PcdvqExperts down;          // n: hidden; k: inner
+  int32_t dtype, threads, isa;
+};
+
 struct PcdvqNearest {
   const float* x;          // [groups, dim]
   const float* codewords;  // [count, dim]
@@ -84,6 +105,10 @@ struct PcdvqTrellis {
   int32_t dim, parity, field_bits, state_bits, threads, isa;  // dim: 2, 4 or 8
 };
 
+// Bytes of each problem's struct above, from PcdvqLinear on: a caller made for another version of this
+// interface must not call it.
+PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[5]);
+
 // The best PcdvqIsa of this CPU.
 PCDVQ_API int32_t pcdvq_best_isa();
 
@@ -93,6 +118,10 @@ PCDVQ_API int32_t pcdvq_linear(const PcdvqLinear* problem);
 // out[i] = row ids[i] of the dense weight R Q H S. An id outside of [0, n) is PCDVQ_BAD_ID, and
 // nothing is written.
 PCDVQ_API int32_t pcdvq_embedding(const PcdvqEmbedding* problem);
+
+// out[t] = sum over choices c of weights[t][c] down(silu(gate(x[t])) * up(x[t])) of expert ids[t][c],
+// in fp32. Returns a PcdvqStatus.
+PCDVQ_API int32_t pcdvq_moe(const PcdvqMoe* problem);
 
 // out[i] = argmax over c of x[i] . codewords[c] - bias[c], the lowest c of equals.
 PCDVQ_API int32_t pcdvq_nearest(const PcdvqNearest* problem);

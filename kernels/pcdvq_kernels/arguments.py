@@ -137,6 +137,53 @@ def check_embedding(
     return shape
 
 
+def check_moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    codewords: Tensor,
+    gate_up_layout: Sequence[int],
+    down_layout: Sequence[int],
+) -> tuple[LinearShape, LinearShape]:
+    """Raise PCDVQError unless the arguments of `pcdvq::moe` fit together.
+
+    Returns:
+        What the layouts say of gate and up, and of down.
+    """
+    check_routing(x, topk_weights, topk_ids)
+    hidden = x.shape[1]
+    experts, both = (*gate_up[0].shape[:2], 0, 0)[:2]
+    shapes = []
+    for name, tensors, layout, rows, columns in (
+        ("gate_up", gate_up, gate_up_layout, both // 2 * 2, hidden),
+        ("down", down, down_layout, hidden, both // 2),
+    ):
+        qweight, row_scale, signs_in = tensors
+        shape = _linear_shape(tuple(layout), columns)
+        stacked = experts, rows, shape.row_bytes
+        expect(f"{name} qweight", qweight, torch.uint8, stacked, x.device)
+        expect(f"{name} row_scale", row_scale, torch.float32, stacked[:2], x.device)
+        expect(f"{name} signs_in", signs_in, torch.uint8, (columns // 8,), x.device)
+        expect("codewords", codewords, torch.int8, shape.codewords_shape, x.device)
+        shapes.append(shape)
+    return shapes[0], shapes[1]
+
+
+def check_routing(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
+    """Raise PCDVQError unless `x` has tokens and the others experts for each."""
+    if x.dtype not in ACTIVATION_DTYPES or x.dim() != 2:
+        raise PCDVQError(f"x is {_describe(x)}; expected bf16, fp16 or fp32 [T, H]")
+    if topk_ids.dtype not in (torch.int32, torch.int64) or topk_ids.shape[:1] != x.shape[:1]:
+        raise PCDVQError(f"topk_ids is {_describe(topk_ids)}; expected int32 or int64 [T, top_k]")
+    if not topk_weights.is_floating_point() or topk_weights.shape != topk_ids.shape:
+        raise PCDVQError(
+            f"topk_weights is {_describe(topk_weights)}; expected a float dtype "
+            f"{list(topk_ids.shape)}"
+        )
+
+
 def check_prepacked(
     in_features: int, row_scale: Tensor, signs_in: Tensor, layout: Sequence[int], like: Tensor
 ) -> LayoutFields:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from pcdvq_kernels.arguments import (
     ACTIVATION_DTYPES,
+    LinearShape,
     check_embedding,
     check_ids,
     check_linear,
+    check_moe,
     check_nearest,
     check_trellis,
 )
@@ -32,8 +34,10 @@ _BAD_ID = 3
 
 # PcdvqLinear of kernels/csrc/pcdvq.h. Packing takes a third of what a ctypes.Structure takes.
 _LINEAR = struct.Struct("7P13q4i")
-# PcdvqEmbedding, likewise.
-_EMBEDDING = struct.Struct("6P13q3i")
+# PcdvqEmbedding, likewise; padded as in C.
+_EMBEDDING = struct.Struct("6P13q3i4x")
+# PcdvqMoe, with its two PcdvqExperts.
+_MOE = struct.Struct("5P3q" + 2 * "3P12q" + "3i4x")
 
 
 class _Nearest(ctypes.Structure):
@@ -64,11 +68,29 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return str(error)
+    if _struct_bytes(library) != [
+        _LINEAR.size,
+        _EMBEDDING.size,
+        _MOE.size,
+        ctypes.sizeof(_Nearest),
+        ctypes.sizeof(_Trellis),
+    ]:
+        return f"{LIBRARY.name} was built from other sources than this version's"
     library.pcdvq_linear.argtypes = (ctypes.c_char_p,)
     library.pcdvq_embedding.argtypes = (ctypes.c_char_p,)
+    library.pcdvq_moe.argtypes = (ctypes.c_char_p,)
     library.pcdvq_nearest.argtypes = (ctypes.POINTER(_Nearest),)
     library.pcdvq_trellis.argtypes = (ctypes.POINTER(_Trellis),)
     return library
+
+
+def _struct_bytes(library: ctypes.CDLL) -> list[int] | None:
+    """Sizes of the library's structs; None if it is older than the function that tells them."""
+    if not hasattr(library, "pcdvq_struct_bytes"):
+        return None
+    sizes = (ctypes.c_int64 * 5)()
+    library.pcdvq_struct_bytes(sizes)
+    return list(sizes)
 
 
 def available() -> bool:
@@ -79,8 +101,8 @@ def available() -> bool:
 def unavailable_message() -> str:
     """Why the compiled kernels cannot be used, and what to do about it."""
     return (
-        f"the compiled CPU kernels are missing ({_library()}). Install g++ (apt-get install g++, "
-        "or dnf install gcc-c++) and reinstall vllm-pcdvq"
+        f"the compiled CPU kernels cannot be used ({_library()}). Install g++ (apt-get install "
+        "g++, or dnf install gcc-c++) and reinstall vllm-pcdvq"
     )
 
 
@@ -222,6 +244,62 @@ def embedding(
     if status:
         _raise_status(status, f"pcdvq::embedding {list(ids.shape)} of [{n}, {k}]")
     return out
+
+
+def moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    codewords: Tensor,
+    gate_up_layout: Sequence[int],
+    down_layout: Sequence[int],
+    *,
+    isa: str = "auto",
+) -> Tensor:
+    """`pcdvq::moe` on the CPU; the arguments are the op's (see `ops`).
+
+    The result for a token does not depend on the others or on the number of threads.
+
+    Args:
+        isa: "auto" or one of `isas()`.
+
+    Raises:
+        PCDVQError: arguments that do not fit together, or an unavailable `isa`.
+    """
+    library = _loaded()
+    shapes = check_moe(
+        x, topk_weights, topk_ids, gate_up, down, codewords, gate_up_layout, down_layout
+    )
+    _check_device(x)
+    x, ids, weights = x.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
+    out = torch.empty_like(x)
+    status = library.pcdvq_moe(
+        _MOE.pack(
+            x.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            codewords.data_ptr(),
+            out.data_ptr(),
+            *(*ids.shape, len(gate_up[0])),
+            *_experts(gate_up, shapes[0]),
+            *_experts(down, shapes[1]),
+            _DTYPES[x.dtype],
+            torch.get_num_threads(),
+            0 if isa == "auto" else _isa_number(isa),
+        )
+    )
+    if status:
+        _raise_status(status, f"pcdvq::moe of {list(ids.shape)} experts for {list(x.shape)}")
+    return out
+
+
+def _experts(tensors: Sequence[Tensor], shape: LinearShape) -> tuple[int, ...]:
+    """Fields of a PcdvqExperts."""
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    rows, columns = tensors[0].shape[1], 8 * tensors[2].shape[0]
+    return (*pointers, rows, columns, shape.row_bytes, *shape.layout)
 
 
 def nearest(x: Tensor, codewords: Tensor, bias: Tensor, *, isa: str = "auto") -> Tensor:

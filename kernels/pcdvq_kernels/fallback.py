@@ -15,6 +15,7 @@ from pcdvq_kernels.arguments import (
     check_embedding,
     check_ids,
     check_linear,
+    check_moe,
     check_nearest,
     check_trellis,
 )
@@ -78,6 +79,32 @@ def embedding(
         dense = block_hadamard(levels, block) * signs * row_scale[rows].unsqueeze(1)
         out[first : first + chunk] = dense
     return out.view(*ids.shape, -1)
+
+
+def moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    codewords: Tensor,
+    gate_up_layout: Sequence[int],
+    down_layout: Sequence[int],
+) -> Tensor:
+    """`pcdvq::moe` in torch, an expert at a time; slow. Arguments as in `ops`."""
+    check_moe(x, topk_weights, topk_ids, gate_up, down, codewords, gate_up_layout, down_layout)
+    sums = torch.zeros_like(x, dtype=torch.float32)
+    for expert in range(len(gate_up[0])):
+        token, choice = torch.where(topk_ids == expert)
+        if not len(token):
+            continue
+        signs_in, down_signs = gate_up[2], down[2]
+        weight = gate_up[0][expert], gate_up[1][expert], signs_in, codewords
+        gate, up = linear(x[token].float(), *weight, None, gate_up_layout).chunk(2, -1)
+        weight = down[0][expert], down[1][expert], down_signs, codewords
+        y = linear(torch.nn.functional.silu(gate) * up, *weight, None, down_layout)
+        sums.index_add_(0, token, y * topk_weights[token, choice, None].float())
+    return sums.to(x.dtype)
 
 
 def _states_of(

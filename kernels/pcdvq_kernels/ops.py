@@ -23,6 +23,21 @@ Rows of the dense weight R Q H S, of which only those asked for are decoded:
     dtype      bf16, fp16 or fp32
     returns    dtype [..., K], a new tensor
 
+The routed experts of a token, y = sum over choices of weight * down(silu(gate(x)) * up(x)):
+
+    torch.ops.pcdvq.moe(x, topk_weights, topk_ids, gate_up, down, codewords,
+                        gate_up_layout, down_layout) -> Tensor
+
+    x             bf16, fp16 or fp32 [T, H]
+    topk_weights  any float dtype [T, top_k]
+    topk_ids      int32 or int64 [T, top_k]; numbers below 0 are experts that are not here
+    gate_up       [qweight uint8 [E, 2 I, row_bytes], row_scale fp32 [E, 2 I],
+                  signs_in uint8 [H / 8]]: gate before up, signs shared by all experts
+    down          [qweight uint8 [E, H, row_bytes], row_scale fp32 [E, H], signs_in uint8 [I / 8]]
+    codewords     of all of them; qweights may be words as above, [E, ...]
+    *_layout      layouts that differ in their Hadamard blocks at most
+    returns       x.dtype [T, H]
+
 Codes are served by the C++ kernels on a CPU and by slow torch code elsewhere; words, the form of a
 device that `prepacks`, by the Triton kernels.
 
@@ -110,6 +125,13 @@ def prepack_weight(qweight: Tensor, codewords: Tensor, layout: Layout, in_featur
     return prepack.prepack_weight(qweight, codewords, layout.to_ints(), in_features)
 
 
+def prepack_experts(qweight: Tensor, codewords: Tensor, layout: Layout, in_features: int) -> Tensor:
+    """`prepack_weight` of stacked experts, uint8 [E, N, row_bytes]."""
+    if not prepacks(qweight.device):
+        return qweight
+    return torch.stack([prepack_weight(q, codewords, layout, in_features) for q in qweight])
+
+
 def prepack_codewords(codewords: Tensor, spec: CodebookSpec) -> Tensor:
     """`Codebook.codewords()` in the form its device computes with; see `prepacks`."""
     if not prepacks(codewords.device):
@@ -120,7 +142,7 @@ def prepack_codewords(codewords: Tensor, spec: CodebookSpec) -> Tensor:
 
 
 def _kernels(qweight: Tensor, on_cpu: bool) -> ModuleType:
-    """The module whose `linear` and `embedding` compute with `qweight`."""
+    """The module whose functions compute with `qweight`."""
     if qweight.dtype == torch.int32:
         from pcdvq_kernels.triton import backend
 
@@ -178,6 +200,33 @@ def _embedding_fake(
     return ids.new_empty(*ids.shape, 8 * signs_in.shape[0], dtype=dtype)
 
 
+def _moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    codewords: Tensor,
+    gate_up_layout: Sequence[int],
+    down_layout: Sequence[int],
+) -> Tensor:
+    run = _kernels(gate_up[0], x.is_cpu).moe
+    return run(x, topk_weights, topk_ids, gate_up, down, codewords, gate_up_layout, down_layout)
+
+
+def _moe_fake(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    codewords: Tensor,
+    gate_up_layout: Sequence[int],
+    down_layout: Sequence[int],
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 # Registrations last as long as this object.
 _LIBRARY = torch.library.Library("pcdvq", "DEF")
 _LIBRARY.define(
@@ -190,7 +239,14 @@ _LIBRARY.define(
     "int[] layout, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_LIBRARY.define(
+    "moe(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] gate_up, Tensor[] down, "
+    "Tensor codewords, int[] gate_up_layout, int[] down_layout) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
+_LIBRARY.impl("moe", _moe, "CompositeExplicitAutograd")
 torch.library.register_fake("pcdvq::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("pcdvq::embedding", _embedding_fake, lib=_LIBRARY)
+torch.library.register_fake("pcdvq::moe", _moe_fake, lib=_LIBRARY)

@@ -37,6 +37,9 @@ class Bars(Progress):
         if self._task is not None:
             self._bars.advance(self._task, steps)
 
+    def note(self, text: str) -> None:
+        self._bars.console.print(text, highlight=False)
+
 
 @contextmanager
 def finetune_bar(console: Console, steps: int) -> Iterator[Callable[[Step], None]]:

@@ -11,3 +11,6 @@ class Progress:
 
     def advance(self, steps: int) -> None:
         """`steps` of the phase are done."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know, but need not act on."""

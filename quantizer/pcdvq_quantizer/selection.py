@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pcdvq_quantizer.embeddings import find_embeddings
+from pcdvq_quantizer.experts import experts_of, separate_experts
 from pcdvq_quantizer.sources import Source
 
 MIN_FEATURES = 8
@@ -82,6 +83,7 @@ def select_layers(
     """
     architecture = ", ".join(source.config.get("architectures") or ["unknown architecture"])
     model = _build_empty(source.config, architecture)
+    separate_experts(model, source.shapes)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     roles = find_embeddings(model) if embeddings else (None, None)
     layers, skipped = [], {}
@@ -100,6 +102,11 @@ def select_layers(
             )
         else:
             layers.append(name)
+    # Experts are served as one layer.
+    whole = {experts_of(name) for name in skipped} - {None}
+    for name in [name for name in layers if experts_of(name) in whole]:
+        layers.remove(name)
+        skipped[name] = "another layer of the experts is skipped"
     if not set(layers).difference(roles):
         reasons = sorted({f"{name}: {reason}" for name, reason in skipped.items()})[:3]
         raise PCDVQError(

@@ -13,6 +13,7 @@ from pcdvq_kernels.codebook import Codebook, int8_directions
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.hadamard import choose_block
 from pcdvq_kernels.packing import pack_codes
+from pcdvq_quantizer.experts import NAMINGS, experts_of, separate_experts
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
@@ -63,6 +64,9 @@ E8 = CodebookSpec(
     magnitude_bits=2,
     shift=0,
 )
+
+
+NOT_QUANTIZED = ("lm_head", "shared_expert_gate")
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def write_random_checkpoint(
 
     Args:
         path: the new directory.
-        hf_config: the model; every linear layer except `lm_head` is quantized.
+        hf_config: the model; every linear layer except `NOT_QUANTIZED` is quantized.
         spec: layout of the codes.
         max_tp: tensor-parallel size that the Hadamard blocks allow, where K does.
         dtype: of all that is not quantized.
@@ -146,6 +150,7 @@ def write_random_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(hf_config).eval()
+    _separate_experts(model)
     # Logits far enough apart that the likeliest token is no matter of rounding.
     for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
         weight.data.normal_(0, 3 * hf_config.hidden_size**-0.5)
@@ -179,6 +184,17 @@ def write_random_checkpoint(
     return model
 
 
+def _separate_experts(model: PreTrainedModel) -> None:
+    """Give each expert linear layers of its own, with other weights."""
+    naming = NAMINGS.get(model.config.model_type)
+    if naming is not None:
+        moe = [
+            index for index, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")
+        ]
+        blocks = [f"model.layers.{index}.{naming.block}" for index in moe]
+        separate_experts(model, [f"{block}.experts.0.{naming.gate}.weight" for block in blocks])
+
+
 def _quantize_linears(
     model: PreTrainedModel,
     state: dict[str, Tensor],
@@ -190,13 +206,14 @@ def _quantize_linears(
     blocks: dict[str, int] = {}
     signs: dict[tuple[str, bool], Tensor] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+        if not isinstance(module, torch.nn.Linear) or name.endswith(NOT_QUANTIZED):
             continue
         columns = module.in_features
         block = blocks.setdefault(str(columns), choose_block(columns, max_tp))
         packed = random_layer(codebook.spec, module.out_features, columns, generator)
         parent, _, part = name.rpartition(".")
-        shared = signs.setdefault((parent, part in ("o_proj", "down_proj")), packed.signs_in)
+        place = experts_of(name) or parent, part in ("o_proj", "down_proj", "w2")
+        shared = signs.setdefault(place, packed.signs_in)
         packed = replace(packed, signs_in=shared.clone())
         module.weight.data = packed.dense(codebook, block)
         if module.bias is not None:

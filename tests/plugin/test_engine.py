@@ -28,6 +28,7 @@ from random_checkpoint import (
     ODD_BITS,
     SIGNED,
     SIGNED_4,
+    TRELLIS,
     add_random_adapter,
     tiny_llama,
     write_random_checkpoint,
@@ -35,10 +36,12 @@ from random_checkpoint import (
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 PROMPTS = [[7], list(range(20, 31)), list(range(300, 240, -1))]
@@ -65,6 +68,34 @@ PHI3 = Phi3Config(
     vocab_size=320,
     max_position_embeddings=256,
     pad_token_id=0,
+)
+QWEN3_MOE = Qwen3MoeConfig(
+    hidden_size=256,
+    intermediate_size=512,
+    moe_intermediate_size=192,
+    num_experts=5,
+    num_experts_per_tok=2,
+    num_hidden_layers=2,
+    mlp_only_layers=[1],
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=320,
+    max_position_embeddings=256,
+    norm_topk_prob=True,
+    tie_word_embeddings=False,
+)
+MIXTRAL = MixtralConfig(
+    hidden_size=256,
+    intermediate_size=384,
+    num_local_experts=5,
+    num_experts_per_tok=2,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=320,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
 )
 TINY = {
     "hidden_size": 256,
@@ -185,10 +216,45 @@ def test_compiled(compiling_engine: ProcessPoolExecutor, tmp_path: Path) -> None
     assert compiling_engine.submit(compiled_models).result() == 1
 
 
+PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+@pytest.mark.parametrize(
+    ("config", "spec", "arguments"),
+    [
+        (MIXTRAL, SIGNED, PARALLEL),
+        (QWEN3_MOE, SIGNED, {**PARALLEL, "enable_expert_parallel": True}),
+    ],
+    ids=["mixtral, tensor parallel", "qwen3, expert parallel"],
+)
+def test_experts_of_two_ranks(
+    config: PreTrainedConfig,
+    spec: CodebookSpec,
+    arguments: dict[str, object],
+    engine: ProcessPoolExecutor,
+    tmp_path: Path,
+) -> None:
+    model = write_random_checkpoint(tmp_path, config, spec, max_tp=2)
+    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **arguments).result()
+    check(generations, model)
+
+
+def test_experts_and_reload(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    models = [
+        write_random_checkpoint(path, QWEN3_MOE, TRELLIS, seed=seed)
+        for seed, path in enumerate(paths)
+    ]
+    served = engine.submit(
+        generate_and_reload, paths[0], paths[1:], PROMPTS, dtype="float32"
+    ).result()
+    for generations, model in zip(served, models, strict=True):
+        check(generations, model)
+
+
 def test_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     model = write_random_checkpoint(tmp_path, tiny_llama(), max_tp=2)
-    arguments = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **arguments).result()
+    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **PARALLEL).result()
     check(generations, model)
 
 
@@ -201,8 +267,7 @@ def test_pipeline_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
 def test_quantized_embeddings_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     config = tiny_llama(vocab_size=333)
     model = write_random_checkpoint(tmp_path, config, max_tp=2, embeddings=SIGNED_4)
-    arguments = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **arguments).result()
+    generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **PARALLEL).result()
     check(generations, model)
 
 

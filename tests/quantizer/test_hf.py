@@ -1,6 +1,7 @@
 """PCDVQ checkpoints in transformers against the same model with dense weights."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from pcdvq_quantizer.hf import PCDVQLinear
 from pcdvq_quantizer.plan import NONE, QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -49,7 +51,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dense_model(source: Path, checkpoint: Path) -> PreTrainedModel:
     """The original in fp32 with the weights that the checkpoint's codes stand for."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    weights = load_file(source / "model.safetensors")
     opened = open_checkpoint(checkpoint)
     for name, layer in opened.layers.items():
         packed = []
@@ -59,8 +61,11 @@ def dense_model(source: Path, checkpoint: Path) -> PreTrainedModel:
                 packed.append(file.get_tensor(tensor))
         codebook = opened.codebooks[layer.codebook]
         block = opened.config.block(layer.in_features)
-        model.get_submodule(name).weight.data = reference.dequantize(*packed, codebook, block)
-    return model
+        weights[f"{name}.weight"] = reference.dequantize(*packed, codebook, block)
+    dense = checkpoint.with_name("dense")
+    shutil.copytree(source, dense)
+    save_file(weights, dense / "model.safetensors", {"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
 
 
 @torch.inference_mode()
@@ -88,8 +93,9 @@ def assert_same(found: Tensor, expected: Tensor, rtol: float = RTOL) -> None:
         tiny_config(
             "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16
         ),
+        tiny_config("mixtral", num_local_experts=4, num_experts_per_tok=2, head_dim=16),
     ],
-    ids=["untied", "tied", "biases", "fused", "gemma3", "experts"],
+    ids=["untied", "tied", "biases", "fused", "gemma3", "experts", "mixtral"],
 )
 def test_logits_are_those_of_the_dense_weights(config: dict[str, object], tmp_path: Path) -> None:
     source, checkpoint = quantize(tmp_path, config)
@@ -102,6 +108,9 @@ def test_logits_are_those_of_the_dense_weights(config: dict[str, object], tmp_pa
     model.dequantize()
     assert not any(isinstance(each, PCDVQLinear) for each in model.modules())
     assert_same(logits(model), expected)
+    model.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert_same(logits(saved), expected)
 
 
 def test_half_precision(checkpoint: Path) -> None:

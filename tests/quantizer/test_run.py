@@ -264,17 +264,20 @@ def test_layers_skipped_by_name(model: Path, tmp_path: Path) -> None:
     assert "model.layers.1.mlp.down_proj" in checkpoint.config.modules_to_not_convert
 
 
-def test_experts_are_left_and_reported(tmp_path: Path) -> None:
+def test_experts_are_quantized_all_or_none(tmp_path: Path) -> None:
     config = tiny_config(
         "qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16
     )
-    plan = make_plan(str(save_model(tmp_path / "moe", config)), OPTIONS)
-    assert {name.rpartition(".")[2] for name in plan.selection.layers} == {
-        f"{part}_proj" for part in "qkvo"
-    }
+    model = str(save_model(tmp_path / "moe", config))
+    plan = make_plan(model, OPTIONS)
+    assert len(plan.selection.layers) == 2 * (4 + 8 * 3)
     lines = plan.selection.skipped_lines()
-    assert "model.layers.*.mlp.experts.*.up_proj (16 of them: not a linear layer)" in lines
-    assert len(lines) < 10
+    assert "model.layers.*.mlp.gate (2 of them: not a linear layer)" in lines
+    plan = make_plan(model, replace(OPTIONS, skip=("model.layers.1.*.5.up_proj",)))
+    assert len(plan.selection.layers) == 2 * 4 + 8 * 3
+    reason = "another layer of the experts is skipped"
+    assert plan.selection.skipped["model.layers.1.mlp.experts.0.down_proj"] == reason
+    assert len(plan.selection.skipped_lines()) < 10
 
 
 def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

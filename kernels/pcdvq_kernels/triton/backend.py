@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pcdvq_kernels.arguments import check_prepacked
+from pcdvq_kernels.arguments import check_prepacked, check_routing, expect
 from pcdvq_kernels.triton.dequantize import embedding as embedding_rows
 from pcdvq_kernels.triton.dequantize import levels
 from pcdvq_kernels.triton.format import TILE_ROWS, format_of
 from pcdvq_kernels.triton.hadamard import rotate, rotate_quantize
 from pcdvq_kernels.triton.linear import Weight
 from pcdvq_kernels.triton.linear import linear as decode_linear
+from pcdvq_kernels.triton.moe import align, moe_linear
 from pcdvq_kernels.triton.tuning import describe, linear_config
 
 # Above this a dense copy of the weight is cheaper than decoding it for every 16 tokens. The copy is
@@ -67,6 +69,50 @@ def embedding(
     k = 8 * signs_in.shape[0]
     weight, block = _weight(k, qweight, row_scale, signs_in, codewords, layout, ids)
     return embedding_rows(ids, weight, signs_in, block, dtype)
+
+
+def moe(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    codewords: Tensor,
+    gate_up_layout: Sequence[int],
+    down_layout: Sequence[int],
+) -> Tensor:
+    """`pcdvq::moe` with prepacked weights; activations are rounded to int8."""
+    check_routing(x, topk_weights, topk_ids)
+    tokens, top_k = topk_ids.shape
+    inner = gate_up[1].shape[1] // 2
+    first, first_block = _experts(x.shape[1], gate_up, codewords, gate_up_layout, x)
+    second, second_block = _experts(inner, down, codewords, down_layout, x)
+    if not tokens:
+        return torch.empty_like(x)
+    routing = align(topk_ids, len(gate_up[1]))
+    both = moe_linear(x, first, gate_up[2], first_block, routing).float()
+    active = (torch.nn.functional.silu(both[:, :inner]) * both[:, inner:]).to(x.dtype)
+    y = moe_linear(active, second, down[2], second_block, replace(routing, top_k=1))
+    weights = topk_weights.float().unsqueeze(-1)
+    return (y.view(tokens, top_k, -1).float() * weights).sum(1).to(x.dtype)
+
+
+def _experts(
+    in_features: int,
+    tensors: Sequence[Tensor],
+    codewords: Tensor,
+    layout: Sequence[int],
+    like: Tensor,
+) -> tuple[Weight, int]:
+    """The layer of every expert and its Hadamard block."""
+    words, row_scale, signs_in = tensors
+    fields = check_prepacked(in_features, row_scale[0], signs_in, layout, like)
+    weight = Weight(words, codewords, row_scale, format_of(fields))
+    replace(weight, words=words[0], row_scale=row_scale[0]).check(
+        row_scale.shape[1], in_features, like.device
+    )
+    expect("row_scale", row_scale, torch.float32, (len(words), row_scale.shape[1]), like.device)
+    return weight, fields.hadamard_block
 
 
 def _weight(

@@ -1,7 +1,7 @@
 """Device functions that turn prepacked words (`format`) into int8 tensor-core operands.
 
-A tensor [R, 8, 4] holds one word per lane for R tiles: lane 4 r + t has element [:, r, t]. All is
-arithmetic inside a lane. `ASM` chooses single instructions of NVIDIA GPUs where the plain
+A tensor [8, 4] holds one word per lane: lane 4 r + t has element [r, t]. All is arithmetic inside a
+lane. `ASM` chooses single instructions of NVIDIA GPUs where the plain
 expression beside them compiles to several.
 
 Signs cost no carries: the table holds ~level. An exclusive or with the mask m, all ones where the
@@ -17,40 +17,36 @@ import triton.language as tl
 
 @triton.jit
 def unstack(x, WORDS: tl.constexpr):
-    """[R, 8, 4, WORDS] to WORDS tensors [R, 8, 4]; WORDS is 1, 2 or 4."""
-    R: tl.constexpr = x.shape[0]
+    """[8, 4, WORDS] to WORDS tensors [8, 4]; WORDS is 1, 2 or 4."""
     parts = (x,)
     for _ in tl.static_range(2):
         if len(parts) < WORDS:
             low = ()
             high = ()
             for k in tl.static_range(len(parts)):
-                even, odd = tl.split(tl.reshape(parts[k], [R, 8, 4, WORDS // len(parts) // 2, 2]))
+                even, odd = tl.split(tl.reshape(parts[k], [8, 4, WORDS // len(parts) // 2, 2]))
                 low = low + (even,)
                 high = high + (odd,)
             parts = low + high
     words = ()
     for k in tl.static_range(WORDS):
-        words = words + (tl.reshape(parts[k], [R, 8, 4]),)
+        words = words + (tl.reshape(parts[k], [8, 4]),)
     return words
 
 
 @triton.jit
-def load_words(
-    pointer, tile, row_stride, R: tl.constexpr, WORDS: tl.constexpr, ABOVE: tl.constexpr = False
-):
-    """The words of a plane that each lane has of tile `tile` of R rows of tiles.
+def load_words(pointer, tile, WORDS: tl.constexpr, ABOVE: tl.constexpr = False):
+    """The words of a plane that each lane has of tile `tile` of a row of tiles.
 
     With ABOVE those of the lane that has the row above, 0 where a segment starts.
 
     Returns:
-        WORDS tensors uint32 [R, 8, 4].
+        WORDS tensors uint32 [8, 4].
     """
     LOAD: tl.constexpr = WORDS if WORDS < 4 else 4
-    r = tl.arange(0, 8)[None, :, None, None]
-    lane = (r - ABOVE) * 4 + tl.arange(0, 4)[None, None, :, None]
-    pointer += tl.arange(0, R)[:, None, None, None] * row_stride + lane * LOAD
-    pointer += tile * (32 * WORDS) + tl.arange(0, LOAD)[None, None, None, :]
+    r = tl.arange(0, 8)[:, None, None]
+    lane = (r - ABOVE) * 4 + tl.arange(0, 4)[None, :, None]
+    pointer += tile * (32 * WORDS) + lane * LOAD + tl.arange(0, LOAD)[None, None, :]
     words = ()
     for part in tl.static_range(WORDS // LOAD):
         if ABOVE:
@@ -73,9 +69,9 @@ def as_int8(words):
 
 @triton.jit
 def operand(words):
-    """16 tensors uint32 [R, 8, 4], ordered (i, b & 1, h), to int8 [32 R, 64].
+    """16 tensors uint32 [8, 4], ordered (i, b & 1, h), to int8 [32, 64].
 
-    Row 32 R' + 8 i + r is row 4 r + i of tile R'; column 32 (b & 1) + 16 h + 4 t + j is column
+    Row 8 i + r is row 4 r + i of the tile; column 32 (b & 1) + 16 h + 4 t + j is column
     32 b + 8 t + 4 h + j of the tile.
     """
     parts = words
@@ -84,9 +80,8 @@ def operand(words):
         for k in tl.static_range(8 >> level):
             joined = joined + (tl.join(parts[k], parts[k + (8 >> level)]),)
         parts = joined
-    R: tl.constexpr = words[0].shape[0]
-    stacked = tl.reshape(parts[0], [R, 8, 4, 4, 2, 2])  # [R, r, t, i, b, h]
-    return as_int8(tl.reshape(tl.permute(stacked, [0, 3, 1, 4, 5, 2]), [R * 32, 16]))
+    stacked = tl.reshape(parts[0], [8, 4, 4, 2, 2])  # [r, t, i, b, h]
+    return as_int8(tl.reshape(tl.permute(stacked, [2, 0, 3, 4, 1]), [32, 16]))
 
 
 @triton.jit
@@ -171,24 +166,23 @@ def high_bytes(index, above, extra, position: tl.constexpr, FMT: tl.constexpr):
 
 
 @triton.jit
-def load_tile(words, tile, tiles, R: tl.constexpr, FMT: tl.constexpr):
-    """Words of tile `tile` of R rows of tiles.
+def load_tile(words, tile, tiles, FMT: tl.constexpr):
+    """Words of tile `tile` of a row of tiles.
 
     Returns:
-        Tuples of uint32 [R, 8, 4]: sign words, index words, `high_bytes` of each, words of the
+        Tuples of uint32 [8, 4]: sign words, index words, `high_bytes` of each, words of the
         second extra plane. Where levels are stored: those and three empty ones.
     """
     STORED: tl.constexpr = FMT.vector_dim == 1
     if STORED:
-        return load_words(words, tile, tiles * 1024, R, 32), (), (), ()
+        return load_words(words, tile, 32), (), (), ()
     else:
-        return load_codes(words, tile, tiles, R, FMT)
+        return load_codes(words, tile, tiles, FMT)
 
 
 @triton.jit
-def load_codes(words, tile, tiles, R: tl.constexpr, FMT: tl.constexpr):
+def load_codes(words, tile, tiles, FMT: tl.constexpr):
     """`load_tile` where codes are stored."""
-    LINE: tl.constexpr = 32 * FMT.lane_words
     STATE: tl.constexpr = FMT.state_bits
     SIGN_WORDS: tl.constexpr = 4 if FMT.signs else 0
     INDEX_WORDS: tl.constexpr = FMT.index_words
@@ -197,23 +191,22 @@ def load_codes(words, tile, tiles, R: tl.constexpr, FMT: tl.constexpr):
     PACKED: tl.constexpr = 8 // WIDTH if WIDTH > 0 else 1  # indices in an extra word's byte
     TOP: tl.constexpr = FMT.top_width
     TOP_WORDS: tl.constexpr = INDEX_WORDS * TOP // 8
-    stride = tiles * LINE
     signs = ()
     if SIGN_WORDS > 0:
-        signs = load_words(words, tile, stride, R, SIGN_WORDS)
+        signs = load_words(words, tile, SIGN_WORDS)
     words += tiles * (32 * SIGN_WORDS)
-    index = load_words(words, tile, stride, R, INDEX_WORDS)
+    index = load_words(words, tile, INDEX_WORDS)
     above = index
     if STATE > 0:
-        above = load_words(words, tile, stride, R, INDEX_WORDS, ABOVE=True)
+        above = load_words(words, tile, INDEX_WORDS, ABOVE=True)
     words += tiles * (32 * INDEX_WORDS)
     extra = index
     if WIDTH > 0:
-        extra = load_words(words, tile, stride, R, EXTRA_WORDS)
+        extra = load_words(words, tile, EXTRA_WORDS)
     words += tiles * (32 * EXTRA_WORDS)
     top = ()
     if TOP > 0:
-        top = load_words(words, tile, stride, R, TOP_WORDS)
+        top = load_words(words, tile, TOP_WORDS)
     high = ()
     for k in tl.static_range(INDEX_WORDS):
         high = high + (
@@ -231,7 +224,7 @@ def decode_half(loaded, table, HALF: tl.constexpr, FMT: tl.constexpr, ASM: tl.co
         table: pointer, int64 entries for groups of 8 and int32 for groups of 4.
 
     Returns:
-        Two tuples of 16 uint32 [R, 8, 4], ordered (i, b & 1, h): levels before the correction of
+        Two tuples of 16 uint32 [8, 4], ordered (i, b & 1, h): levels before the correction of
         signs, and masks. Without signs the levels, twice.
     """
     STORED: tl.constexpr = FMT.vector_dim == 1

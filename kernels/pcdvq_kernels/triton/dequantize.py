@@ -21,10 +21,10 @@ def levels_kernel(words, table, row_scale, out, N, K, tiles, FMT: tl.constexpr, 
     SIGNS: tl.constexpr = FMT.signs
     words += tl.program_id(0).to(tl.int64) * (tiles * LINE)
     tile = tl.program_id(1)
-    rows = tile_rows(tl.program_id(0), 1)
+    rows = tile_rows(tl.program_id(0))
     scale = tl.load(row_scale + rows, mask=rows < N, other=0.0)
     d = tl.arange(0, 64)
-    loaded = load_tile(words, tile, tiles, 1, FMT)
+    loaded = load_tile(words, tile, tiles, FMT)
     for half in tl.static_range(2):
         levels, masks = decode_half(loaded, table, half, FMT, ASM)
         values = operand(levels)

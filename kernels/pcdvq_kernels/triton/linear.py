@@ -17,11 +17,11 @@ from pcdvq_kernels.triton.tuning import INSTRUCTIONS, LinearConfig
 
 
 @triton.jit
-def tile_products(words, table, x, tile, tiles, product, R: tl.constexpr, FMT: tl.constexpr, ASM):
-    """`product` int32 [32 R, M] plus the products of one tile of columns, but for sum(x)."""
+def tile_products(words, table, x, tile, tiles, product, FMT: tl.constexpr, ASM):
+    """`product` int32 [32, M] plus the products of one tile of columns, but for sum(x)."""
     SIGNS: tl.constexpr = FMT.signs
     M: tl.constexpr = x.shape[0]
-    loaded = load_tile(words, tile, tiles, R, FMT)
+    loaded = load_tile(words, tile, tiles, FMT)
     for half in tl.static_range(2):
         levels, masks = decode_half(loaded, table, half, FMT, ASM)
         lane = tl.load(x + half * 4)  # [M, t, (b & 1, h)]
@@ -44,14 +44,13 @@ def accumulate(
     first,
     last,
     tiles,
-    R: tl.constexpr,
     FMT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Sum over tiles `first` to `last` of levels times activations, fp32 [32 R, M].
+    """Sum over tiles `first` to `last` of levels times activations, fp32 [32, M].
 
     Args:
-        words: pointer to the first of R rows of tiles.
+        words: pointer to a row of tiles.
         x, scales: `QuantizedActivations`.
         tokens: int32 [M], rows of x.
         padded: rows that x has.
@@ -61,11 +60,11 @@ def accumulate(
     lane = tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 4)[None, None, :]
     x += tokens.to(tl.int64)[:, None, None] * (tiles * 32) + lane
     scales += tokens
-    acc = tl.zeros([32 * R, M], tl.float32)
+    acc = tl.zeros([32, M], tl.float32)
     shift = tl.zeros([M], tl.float32)
     for tile in tl.range(first, last, num_stages=1):
-        product = tl.zeros([32 * R, M], tl.int32)
-        product = tile_products(words, table, x + tile * 32, tile, tiles, product, R, FMT, ASM)
+        product = tl.zeros([32, M], tl.int32)
+        product = tile_products(words, table, x + tile * 32, tile, tiles, product, FMT, ASM)
         acc += product.to(tl.float32) * tl.load(scales + tile * padded)[None, :]
         if SIGNS:
             shift += tl.load(scales + (tiles + tile) * padded)
@@ -73,10 +72,10 @@ def accumulate(
 
 
 @triton.jit
-def tile_rows(first, R: tl.constexpr):
-    """Weight rows of the rows of `operand`, from row of tiles `first` on: int32 [32 R]."""
-    d = tl.arange(0, 32 * R)
-    return first * 32 + d // 32 * 32 + d % 8 * 4 + d // 8 % 4
+def tile_rows(row):
+    """Weight rows of the rows of `operand`, of row of tiles `row`: int32 [32]."""
+    d = tl.arange(0, 32)
+    return row * 32 + d % 8 * 4 + d // 8
 
 
 @triton.jit
@@ -119,8 +118,8 @@ def linear_kernel(
     last = tl.minimum(first + split_tiles, tiles)
     tokens = tl.program_id(2) * M_TILE + tl.arange(0, M_TILE)
     words += row.to(tl.int64) * (tiles * LINE)
-    acc = accumulate(words, table, x, scales, tokens, padded, first, last, tiles, 1, FMT, ASM)
-    rows = tile_rows(row, 1)
+    acc = accumulate(words, table, x, scales, tokens, padded, first, last, tiles, FMT, ASM)
+    rows = tile_rows(row)
     if SPLIT:
         out += tl.program_id(1).to(tl.int64) * M * N
     else:

@@ -37,6 +37,33 @@ class Routing:
     top_k: int
 
 
+def align(topk_ids: Tensor, experts: int) -> Routing:
+    """The routing of `topk_ids`, int [tokens, top_k]; ids below 0 are no expert.
+
+    Sizes depend on shapes only, so nothing waits for the device.
+    """
+    flat = topk_ids.flatten().long()
+    assignments, device = flat.numel(), flat.device
+    block = 8 if assignments <= 8 * experts else 16
+    flat = torch.where(flat < 0, experts, flat)  # as if of one expert more
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    padded = (counts + block - 1) // block * block
+    ends = padded.cumsum(0)
+    # How far an expert's assignments move to make room for the padding before them.
+    shift = (ends - padded) - (counts.cumsum(0) - counts)
+    blocks = min(assignments, -(-assignments // block) + experts + 1)
+    sorted_ids = torch.full((blocks * block,), assignments, dtype=torch.int32, device=device)
+    places = torch.arange(assignments, device=device) + shift[flat[order]]
+    sorted_ids[places] = order.int()
+    firsts = torch.arange(0, blocks * block, block, device=device)
+    expert_ids = torch.searchsorted(ends, firsts, right=True)
+    expert_ids = torch.where(expert_ids < experts, expert_ids, -1).int()
+    top_k = topk_ids.shape[1]
+    return Routing(sorted_ids, expert_ids, ends[-1:].int(), block, top_k)
+
+
 @triton.jit(do_not_specialize=["assignments", "padded", "tiles"])
 def moe_kernel(
     x,
@@ -68,8 +95,8 @@ def moe_kernel(
         row = tl.program_id(0)
         line = expert * tl.num_programs(0) + row
         words += line * (tiles * LINE)
-        acc = accumulate(words, table, x, scales, tokens, padded, 0, tiles, tiles, 1, FMT, ASM)
-        rows = tile_rows(row, 1)
+        acc = accumulate(words, table, x, scales, tokens, padded, 0, tiles, tiles, FMT, ASM)
+        rows = tile_rows(row)
         acc = scale_rows(acc, row_scale + expert * N, row_scale, rows, N, False)
         to = out + ids.to(tl.int64)[None, :] * N + rows[:, None]
         inside = (rows < N)[:, None] & real[None, :]

@@ -13,6 +13,7 @@ from torch import Tensor
 from pcdvq_quantizer.calibration.decoder import LayeredModel
 from pcdvq_quantizer.calibration.sensitivity import measure_sensitivity
 from pcdvq_quantizer.codebooks import get_codebook, offered_rates
+from pcdvq_quantizer.experts import experts_of
 from pcdvq_quantizer.plan import Plan
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import write_json_whole
@@ -103,8 +104,9 @@ def _rates(plan: Plan, sensitivity: dict[tuple[str, ...], float]) -> dict[str, f
     rates = offered_rates(plan.options.codec)
     books = [get_codebook(plan.options.codec, rate) for rate in rates]
     measured = {name for group in sensitivity for name in group}
-    # A layer that the text never reached stays at the lowest rate.
+    # A layer that the text never reached stays at the lowest rate, as far as it is for itself.
     losses = sensitivity | {(n,): 0.0 for n in plan.selection.linears if n not in measured}
+    losses = _with_whole_experts(losses)
     units = [
         Unit(
             group,
@@ -119,3 +121,17 @@ def _rates(plan: Plan, sensitivity: dict[tuple[str, ...], float]) -> dict[str, f
         name: rates[rate] for unit, rate in zip(units, choice, strict=True) for name in unit.layers
     }
     return {name: by_name[name] for name in plan.selection.linears}
+
+
+def _with_whole_experts(losses: dict[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
+    """`losses` of groups of layers, with the experts of a decoder layer as one group."""
+    merged: dict[tuple[str, ...], float] = {}
+    experts: dict[str, tuple[str, ...]] = {}
+    for group, loss in losses.items():
+        name = experts_of(group[0])
+        before = experts.get(name, ()) if name else ()
+        loss += merged.pop(before, 0.0)
+        if name:
+            experts[name] = before + group
+        merged[before + group] = loss
+    return merged

@@ -14,6 +14,7 @@ from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pcdvq_quantizer.experts import separate_experts
 from pcdvq_quantizer.selection import hf_config
 from pcdvq_quantizer.sources import Source
 
@@ -42,6 +43,7 @@ class LayeredModel:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 hf_config(source.config), dtype=torch.float32
             )
+        separate_experts(self.model, source.shapes)
         self.model.eval()
         self.prefix, self._stack = _decoder_layers(self.model, set(linears), source.name)
         self._base = self.model.get_submodule(self.prefix.rpartition(".")[0])
@@ -76,10 +78,21 @@ class LayeredModel:
             return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
     def load(self, index: int) -> nn.Module:
-        """Decoder layer `index` with its weights, fp32."""
+        """Decoder layer `index` with its weights, fp32.
+
+        Raises:
+            PCDVQError: some are not stored under the names that transformers gives them.
+        """
         layer = self._stack[index]
         for name, module in layer.named_modules():
             self._materialize(module, f"{self.layers[index]}.{name}".rstrip("."))
+        for name, parameter in layer.named_parameters():
+            if parameter.is_meta:
+                raise PCDVQError(
+                    f"{self._source.name} stores {self.layers[index]}.{name} under another name or "
+                    "in parts (experts of a kind that is not known?), which calibration does not "
+                    "handle; use --calibration none"
+                )
         return layer.to(self.device)
 
     def unload(self, index: int) -> None:

@@ -12,6 +12,7 @@ from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor, nn
 
 from pcdvq_quantizer.calibration.decoder import Call
+from pcdvq_quantizer.experts import Experts
 
 
 class _Stop(Exception):
@@ -23,7 +24,7 @@ class Stage:
     """Linears of a decoder layer that read the same activation, such as q, k and v.
 
     Attributes:
-        linears: their names within the layer, in the order they run.
+        linears: their names within the layer, in the order they run; or that of all experts.
         inputs: what they read in the original model, S of fp32 [T, K].
         residual: where the stage is one linear whose output is added to the residual stream: the
             stream before, in the original model, S of fp32 [T, H]. Otherwise None.
@@ -49,7 +50,7 @@ def run_original(
         layer: the decoder layer.
         call: its other arguments.
         hidden: fp32 [S, T, H].
-        linears: names within the layer of the linears to quantize.
+        linears: names within the layer of the linears to quantize, experts by that of `Experts`.
 
     Returns:
         (output fp32 [S, T, H]; the stages in the order they run).
@@ -68,8 +69,8 @@ def run_original(
                 continue
             if [stage.linears for stage in found] != [stage.linears for stage in stages]:
                 raise PCDVQError(
-                    "the linear layers that run depend on the text (experts?), which calibration "
-                    "does not handle; use --calibration none"
+                    "the linear layers that run depend on the text (experts of a kind that is not "
+                    "known?), which calibration does not handle; use --calibration none"
                 )
             for stage, more in zip(stages, found, strict=True):
                 stage.inputs += more.inputs
@@ -102,7 +103,9 @@ class _Trace:
 
     def _linear_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._seen.append((name, args[0], output))
+            # Experts are a stage of their own, whoever else reads the same.
+            x = args[0].detach() if isinstance(module, Experts) else args[0]
+            self._seen.append((name, x, output))
 
         return hook
 
@@ -170,11 +173,16 @@ class Replay:
 
     def inputs(self, index: int) -> Iterator[Tensor]:
         """Inputs fp32 [T, K] of stage `index`; the stages before must be quantized."""
+        for args in self.arguments(index):
+            yield args[0].flatten(0, -2)
+
+    def arguments(self, index: int) -> Iterator[tuple[Tensor, ...]]:
+        """What the modules of stage `index` are called with, for each sequence."""
         target = self.layer.get_submodule(self.stages[index].linears[0])
-        caught: list[Tensor] = []
+        caught: list[tuple[Tensor, ...]] = []
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            caught.append(args[0])
+            caught.append(args)
             raise _Stop
 
         handle = target.register_forward_pre_hook(stop)
@@ -182,7 +190,7 @@ class Replay:
             for number in range(len(self.hidden)):
                 with contextlib.suppress(_Stop):
                     self._run(number, index)
-                yield caught.pop().flatten(0, -2)
+                yield caught.pop()
         finally:
             handle.remove()
         self._drop_inner()

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from pcdvq_quantizer.calibration.allocation import choose_rates
 from pcdvq_quantizer.calibration.decoder import Call, LayeredModel
+from pcdvq_quantizer.calibration.experts import FEW_TOKENS, Routed, quantize_experts
 from pcdvq_quantizer.calibration.replay import Replay, Stage, run_original
 from pcdvq_quantizer.calibration.stage import quantize_stage
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.calibration.text import calibration_tokens
+from pcdvq_quantizer.experts import Experts, experts_of
 from pcdvq_quantizer.plan import Plan, input_signs, quantize_uncalibrated
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import CheckpointWriter, save_whole
@@ -139,25 +141,27 @@ class _Calibration:
         """Quantize decoder layer `index` and move both streams of `state` past it."""
         name = self._model.layers[index]
         layer = self._model.load(index)
-        inner = [linear.removeprefix(f"{name}.") for linear in self._linears(name)]
+        linears = [experts_of(linear) or linear for linear in self._linears(name)]
+        inner = [linear.removeprefix(f"{name}.") for linear in dict.fromkeys(linears)]
         original, stages = run_original(layer, call, state.original, inner)
         _check_finite(original, f"output of {name} in the original model")
         replay = Replay(layer, call, state.quantized, stages)
         for number, stage in enumerate(stages):
-            names = [f"{name}.{linear}" for linear in stage.linears]
-            statistics = InputStatistics.gather(_pairs(stage, replay, number))
+            experts = layer.get_submodule(stage.linears[0])
+            if isinstance(experts, Experts):
+                self._quantize_experts(f"{name}.{stage.linears[0]}", experts, replay, number)
+            else:
+                statistics = InputStatistics.gather(_pairs(stage, replay, number))
+                names = [f"{name}.{linear}" for linear in stage.linears]
+                self._quantize_linears(names, statistics)
             stage.inputs.clear()
-            _check_finite(statistics.hessian, f"input of {names[0]}")
-            self._quantize_stage(layer, name, stage, statistics)
-            self._progress.advance(sum(map(self._plan.size, names)))
         state.original, state.quantized = original, replay.output()
         self._model.unload(index)
 
-    def _quantize_stage(
-        self, layer: torch.nn.Module, prefix: str, stage: Stage, statistics: InputStatistics
-    ) -> None:
-        weights = [layer.get_parameter(f"{linear}.weight") for linear in stage.linears]
-        names = [f"{prefix}.{linear}" for linear in stage.linears]
+    def _quantize_linears(self, names: list[str], statistics: InputStatistics) -> None:
+        """Quantize linears that read inputs of these moments, in place."""
+        _check_finite(statistics.hessian, f"input of {names[0]}")
+        weights = [self._model.model.get_parameter(f"{name}.weight") for name in names]
         in_features = weights[0].shape[1]
         packed, dense = quantize_stage(
             [weight.data.cpu() for weight in weights],
@@ -169,6 +173,19 @@ class _Calibration:
         for name, weight, quantized, decoded in zip(names, weights, packed, dense, strict=True):
             self._writer.write_layer(name, quantized)
             weight.data = decoded.to(weight.device)
+        self._progress.advance(sum(map(self._plan.size, names)))
+
+    def _quantize_experts(self, name: str, experts: Experts, replay: Replay, number: int) -> None:
+        """Quantize the experts `name`, stage `number` of a decoder layer."""
+        arguments = zip(*replay.arguments(number), strict=True)
+        inputs = replay.stages[number].inputs
+        routed = Routed(torch.cat(inputs), *(torch.cat(each) for each in arguments))
+        few = quantize_experts(name, experts, routed, self._quantize_linears)
+        if few:
+            self._progress.note(
+                f"{name}: {len(few)} of {len(experts)} experts have less than {FEW_TOKENS} tokens "
+                "of the calibration text and were calibrated on all of it; give more --samples."
+            )
 
     def _linears(self, layer: str) -> list[str]:
         return [name for name in self._plan.selection.layers if name.startswith(f"{layer}.")]

@@ -18,6 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from pcdvq_quantizer.experts import NAMINGS, experts_of, separate_experts
 from pcdvq_quantizer.hf.embedding import PCDVQEmbedding
 from pcdvq_quantizer.hf.linear import PCDVQLinear, PCDVQTiedHead, dense_linear
 
@@ -57,6 +58,7 @@ class PCDVQHfQuantizer(HfQuantizer):
     checkpoint: Checkpoint
     _dtypes: dict[str, torch.dtype]
     _tied: dict[str, str]
+    _separated: bool = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what cannot work.
@@ -76,10 +78,24 @@ class PCDVQHfQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise PCDVQError("from_pretrained(state_dict=...) is not for PCDVQ; name a checkpoint")
         self.checkpoint = _open(Path(checkpoint_files[0]).parent)
+        if any(experts_of(name) for name in self.checkpoint.layers):
+            separate_experts(model, self.checkpoint.tensors)
+            self._separated = True
         for name in self.checkpoint.layers:
             model.set_submodule(name, self._replacement(model, name))
         self._tied = self._take_over_ties(model)
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Without those that fuse experts, where experts are quantized: they stay as on disk."""
+        if not self._separated:
+            return super().update_weight_conversions(weight_conversions)
+        fused = "experts", *(naming.block for naming in NAMINGS.values())
+        return [
+            conversion
+            for conversion in weight_conversions
+            if not any(word in pattern for pattern in conversion.source_patterns for word in fused)
+        ]
 
     def _replacement(self, model: PreTrainedModel, name: str) -> nn.Module:
         """The module on the meta device that holds the packed tensors of layer `name`."""

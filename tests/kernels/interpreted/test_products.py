@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from linear_cases import BLOCKS, SPECS, Case, random_case
+from moe_cases import moe_case
 from pcdvq_kernels import ops, reference
 from pcdvq_kernels.arguments import LayoutFields
 from pcdvq_kernels.errors import PCDVQError
@@ -146,6 +147,26 @@ def test_mixture_of_experts() -> None:
         expected[block] = case.reference()[torch.tensor(block) // 2]
     assert ((y - expected).norm() / expected.norm()).item() < INT8_ERROR
     assert not y[7].any()
+
+
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_experts_of_the_operator(tokens: int) -> None:
+    """Experts without tokens, choices of experts elsewhere, blocks of 8 and of 16."""
+    case = moe_case("trellis-8x16", tokens, hidden=256, inner=72, experts=3, top_k=2)
+    x, weights, ids, gate_up, down, codewords, *layouts = case.args()
+    layout = Layout(case.gate_up.block, case.gate_up.codebook.spec)
+    experts = [
+        [ops.prepack_experts(part[0], codewords, layout, 8 * len(part[2])), *part[1:]]
+        for part in (gate_up, down)
+    ]
+    table = ops.prepack_codewords(codewords, layout.spec)
+    found = torch.ops.pcdvq.moe(x, weights, ids, *experts, table, *layouts)
+    expected = case.reference()
+    assert ((found - expected).norm() / expected.norm()).item() < 3 * INT8_ERROR
+    none = torch.ops.pcdvq.moe(x[:0], weights[:0], ids[:0], *experts, table, *layouts)
+    assert none.shape == (0, 256)
+    with pytest.raises(PCDVQError, match="signs_in"):
+        torch.ops.pcdvq.moe(x, weights, ids, experts[1], experts[0], table, *layouts)
 
 
 def test_rotated_and_quantized_activations() -> None:

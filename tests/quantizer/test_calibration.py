@@ -168,7 +168,7 @@ STAGES = {
     "olmo2": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
     "gemma3_text": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
     "phi3": [("qkv",), ("o",), ("gate_up",), ("down",)],
-    "falcon_h1": [("in",), ("out",), ("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
+    "falcon_h1": [("in",), ("out",), ("q", "k", "v"), ("o",), ("up", "gate"), ("down",)],
 }
 # Those that norm what they add to the residual stream, or add two things at once.
 ADD_NO_LINEAR = ("gemma3_text", "olmo2", "falcon_h1")

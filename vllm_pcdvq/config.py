@@ -14,21 +14,18 @@ from pcdvq_kernels.config import (
     PCDVQCheckpointConfig,
 )
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
-from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
 
 from vllm_pcdvq.codebooks import CodebookStore, read_codebooks
+from vllm_pcdvq.startup import Startup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.models.utils import WeightsMapper
-
-# A child of vLLM's logger, so that its handlers and VLLM_LOGGING_LEVEL apply.
-logger = init_logger("vllm.pcdvq")
 
 # Key of vLLM's --additional-config.
 ACTIVATIONS_OPTION = "pcdvq_activations"
@@ -45,8 +42,10 @@ class PCDVQConfig(QuantizationConfig):
     Attributes:
         checkpoint: the parsed `quantization_config`.
         layers: quantized layer to codebook id, under vLLM's names for the layers.
+        left: modules that are not quantized, likewise.
         embedding: the quantized input embedding, likewise; None if it is not quantized.
         codebooks: the codebooks, once `maybe_update_config` has read them.
+        startup: what this worker has built and loaded so far.
     """
 
     def __init__(self, checkpoint: PCDVQCheckpointConfig | None = None) -> None:
@@ -64,13 +63,13 @@ class PCDVQConfig(QuantizationConfig):
             )
         self.checkpoint = checkpoint
         self.layers = dict(checkpoint.layers)
+        self.left = set(checkpoint.modules_to_not_convert)
         self.embedding = checkpoint.embedding
         self.codebooks: CodebookStore | None = None
+        self.startup = Startup()
         self._mappers: list[WeightsMapper] = []
-        self._built: dict[str, list[tuple[str, int]]] = {}
         self._model_config: ModelConfig | None = None
         self._loaded_from: str | None = None
-        self._logged = False
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -110,7 +109,7 @@ class PCDVQConfig(QuantizationConfig):
         self.codebooks = CodebookStore(read_codebooks(model_name, revision, self.checkpoint))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Rename `layers` as the model renames its modules.
+        """Rename all modules as the model does.
 
         A model and its parts may bring the same mapper: each distinct one is applied once.
         """
@@ -119,6 +118,7 @@ class PCDVQConfig(QuantizationConfig):
             self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
             if self.embedding is not None:
                 self.embedding = next(iter(hf_to_vllm_mapper.apply_list([self.embedding])), None)
+            self.left = set(hf_to_vllm_mapper.apply_list(list(self.left)))
 
     def activations(self, vllm_config: VllmConfig | None) -> Activations:
         """What activations are rounded to: the server's option, or what the checkpoint says.
@@ -171,9 +171,12 @@ class PCDVQConfig(QuantizationConfig):
 
     def _codebook_of(self, prefix: str) -> str | None:
         """Codebook id of the linear layer `prefix`, None if it is not quantized."""
-        if prefix in self.layers:
-            return self.layers[prefix]
-        parent, dot, name = prefix.rpartition(".")
+        # vLLM's Granite hybrids build as `mixer` what they load as `mamba`.
+        mamba = prefix.replace(".mixer.", ".mamba.")
+        stored = mamba if mamba in self.layers or mamba in self.left else prefix
+        if stored in self.layers:
+            return self.layers[stored]
+        parent, dot, name = stored.rpartition(".")
         packed = {**PACKED_ANYWAY, **self.packed_modules_mapping}
         parts = [parent + dot + part for part in packed.get(name, [name])]
         codebooks = {part: self.layers.get(part) for part in parts}
@@ -183,7 +186,21 @@ class PCDVQConfig(QuantizationConfig):
                 f"layer {prefix} serves {len(parts)} layers as one, which must all have the same "
                 f"codebook or none ({listed}). Quantize again with one rate for them."
             )
-        return next(iter(codebooks.values()))
+        codebook = next(iter(codebooks.values()))
+        if codebook is None and not self.left.intersection(parts):
+            self._check_unnamed(prefix, {part.rpartition(".")[2] for part in parts})
+        return codebook
+
+    def _check_unnamed(self, prefix: str, names: set[str]) -> None:
+        """Raise CheckpointError if `prefix` may be a quantized layer under a name of vLLM's own."""
+        alike = (layer for layer in self.layers if layer.rpartition(".")[2] in names)
+        if example := next(alike, None):
+            skip = " ".join(f"--skip '*.{name}'" for name in sorted(names))
+            raise CheckpointError(
+                f"vLLM builds a layer {prefix}, and the checkpoint has none of that name but "
+                f"{example}: which is which cannot be told for this architecture. Quantize again "
+                f"with {skip}."
+            )
 
     def refuse_quantized(self, layer: torch.nn.Module, prefix: str) -> None:
         """Raise CheckpointError if `prefix` is quantized: it would silently get no weights."""
@@ -196,7 +213,7 @@ class PCDVQConfig(QuantizationConfig):
 
     def add_layer(self, kind: str, codebook: str, weights: int, model: ModelConfig | None) -> None:
         """Take note of a layer that this worker builds, and of the model it is part of."""
-        self._built.setdefault(kind, []).append((codebook, weights))
+        self.startup.add_layer(kind, self.spec(codebook), weights)
         if model is not None:
             self._model_config, self._loaded_from = model, model.model
 
@@ -215,19 +232,3 @@ class PCDVQConfig(QuantizationConfig):
             self.codebooks.replace(read_codebooks(model.model, model.revision, self.checkpoint))
             self._loaded_from = model.model
         return self.codebooks
-
-    def log_once(self, backend: str) -> None:
-        """Say once per worker what it serves and with which kernels."""
-        if self._logged:
-            return
-        self._logged = True
-        for kind, layers in self._built.items():
-            bits = sum(self.spec(codebook).bits * weights for codebook, weights in layers)
-            logger.info(
-                "PCDVQ: %d %s, codebooks %s, on average %.3f bits per weight, kernels: %s",
-                len(layers),
-                kind,
-                ", ".join(sorted({codebook for codebook, _ in layers})),
-                bits / sum(weights for _, weights in layers),
-                backend,
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,7 @@ class PCDVQLinearMethod(LinearMethodBase):
             CheckpointError: a tensor is missing, a scale or a bias is not finite, or fused layers
                 differ in their input signs.
         """
+        started = time.monotonic()
         codebooks = self.config.loaded_codebooks()
         row_scale, signs_in = self._finish(layer)
         device = layer.qweight.device
@@ -136,7 +138,7 @@ class PCDVQLinearMethod(LinearMethodBase):
             layer.register_parameter(name, Parameter(data.data, requires_grad=False))
         codewords = codebooks.codewords(self.codebook, device)
         layer.register_buffer("codewords", codewords, persistent=False)
-        self.config.log_once(kernels_for(device))
+        self.config.startup.add_ready(layer, time.monotonic() - started, kernels_for(device))
 
     def _finish(self, layer: PackedLayer) -> tuple[Tensor, Tensor]:
         """Check the loaded parameters: float32 row_scale [N] and uint8 signs_in [K / 8]."""

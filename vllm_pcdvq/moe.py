@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -274,6 +275,7 @@ class PCDVQMoEMethod(FusedMoEMethodBase):
             CheckpointError: a tensor is missing, a scale is not finite, or experts differ in their
                 input signs.
         """
+        started = time.monotonic()
         codebooks = self.config.loaded_codebooks()
         dummy = not layer.pcdvq_load.filled
         layer.pcdvq_load.check_complete(layer)
@@ -283,7 +285,7 @@ class PCDVQMoEMethod(FusedMoEMethodBase):
             self._finish(layer, part, layout, levels, dummy)
         codewords = codebooks.codewords(self.codebook, device)
         layer.register_buffer("codewords", codewords, persistent=False)
-        self.config.log_once(kernels_for(device))
+        self.config.startup.add_ready(layer, time.monotonic() - started, kernels_for(device))
 
     def _finish(
         self, layer: RoutedExperts, part: Part, layout: Layout, levels: Tensor, dummy: bool

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.progress import Progress as RichProgress
-from rich.progress import TaskID
+from rich.progress import TaskID, TextColumn
 
 from pcdvq_quantizer.progress import Progress
+
+if TYPE_CHECKING:
+    from pcdvq_quantizer.finetune import Step
 
 
 class Bars(Progress):
@@ -32,3 +39,21 @@ class Bars(Progress):
 
     def note(self, text: str) -> None:
         self._bars.console.print(text, highlight=False)
+
+
+@contextmanager
+def finetune_bar(console: Console, steps: int) -> Iterator[Callable[[Step], None]]:
+    """A bar for a fine-tuning run of so many steps; gives what to call after each of them."""
+    columns = (*RichProgress.get_default_columns(), TextColumn("{task.fields[figures]}"))
+    with RichProgress(*columns, console=console) as bar:
+        task = bar.add_task("Fine-tuning", total=steps, figures="loading")
+
+        def show(step: Step) -> None:
+            bar.update(
+                task,
+                completed=step.done,
+                figures=f"KL {step.kl:.4f}, hold-out {step.holdout_kl:.4f}, "
+                f"{step.tokens_per_second:.0f} tokens/s",
+            )
+
+        yield show

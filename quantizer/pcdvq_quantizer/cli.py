@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pcdvq_kernels.errors import PCDVQError
 from rich.console import Console
-from rich.progress import Progress, TextColumn
 from rich.text import Text
 
-from pcdvq_quantizer.bars import Bars
+from pcdvq_quantizer.bars import Bars, finetune_bar
 
 if TYPE_CHECKING:
     from pcdvq_quantizer.finetune import FinetuneOptions
@@ -175,6 +174,24 @@ def report(
     console.print(f"wrote {page}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    repo: Annotated[str, typer.Argument(help="USER/REPO, made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="File of `pcdvq eval --json` for the model card; repeatable."),
+    ] = None,
+) -> None:
+    """Upload CHECKPOINT to the Hugging Face Hub, with a model card of its figures."""
+    from pcdvq_quantizer.hub import push as push_checkpoint
+
+    url = push_checkpoint(checkpoint, repo, private, tuple(evaluations or ()))
+    command = shlex.join(["vllm", "serve", repo, "--quantization", "pcdvq"])
+    console.print(f"{url}. Serve it with: {command}", highlight=False, soft_wrap=True)
+
+
 @app.command("eval")
 def evaluate_model(
     model: Annotated[
@@ -292,21 +309,10 @@ def _finetune(checkpoint: Path, out: Path, options: FinetuneOptions, overwrite: 
     """Run `finetune_checkpoint` and show how it goes."""
     from transformers.utils import logging
 
-    from pcdvq_quantizer.finetune import Step, finetune_checkpoint
+    from pcdvq_quantizer.finetune import finetune_checkpoint
 
     logging.disable_progress_bar()
-    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("Fine-tuning", total=options.steps, figures="loading")
-
-        def show(step: Step) -> None:
-            bar.update(
-                task,
-                completed=step.done,
-                figures=f"KL {step.kl:.4f}, hold-out {step.holdout_kl:.4f}, "
-                f"{step.tokens_per_second:.0f} tokens/s",
-            )
-
+    with finetune_bar(console, options.steps) as show:
         result = finetune_checkpoint(checkpoint, out, options, overwrite, show)
     if result.diverged:
         console.print(

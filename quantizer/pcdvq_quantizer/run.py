@@ -57,7 +57,7 @@ def quantize_model(
         }
         writer.write_json(REPORT_FILE, report)
         source.copy_files(writer.directory)
-        write_model_card(writer.directory, source)
+        write_model_card(writer.directory)
         return writer.publish()
 
 

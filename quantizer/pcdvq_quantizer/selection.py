@@ -119,8 +119,15 @@ def select_layers(
 
 def hf_config(config: dict[str, Any]) -> PreTrainedConfig:
     """The transformers configuration that a config.json describes."""
-    fields = {key: value for key, value in config.items() if key != "model_type"}
+    fields = {key: _infinities(value) for key, value in config.items() if key != "model_type"}
     return AutoConfig.for_model(config["model_type"], **fields)
+
+
+def _infinities(value: Any) -> Any:
+    """`value` with the floats that JSON lacks, which transformers writes as objects."""
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return [_infinities(each) for each in value] if isinstance(value, list) else value
 
 
 def _build_empty(config: dict[str, Any], architecture: str) -> PreTrainedModel:

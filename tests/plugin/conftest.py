@@ -7,6 +7,8 @@ from pathlib import Path
 import network_guard
 import pytest
 from bare_layers import tensor_parallel
+from engine_worker import inspect_models_here
+from hub import Hub, running_hub
 from vllm.config import VllmConfig, set_current_vllm_config
 
 
@@ -36,7 +38,7 @@ def engine_process(cache: Path, **changes: str) -> Iterator[ProcessPoolExecutor]
             for name, value in environment.items():
                 patch.setenv(name, value)
             # The first task starts the process, which inherits the environment.
-            executor.submit(int).result()
+            executor.submit(inspect_models_here).result()
         yield executor
         assert executor.submit(network_guard.attempts_of_ours).result() == []
 
@@ -46,6 +48,17 @@ def engine(pytestconfig: pytest.Config) -> Iterator[ProcessPoolExecutor]:
     # vLLM compiles a few helpers even in eager mode, which takes longer than all the rest.
     with engine_process(pytestconfig.cache.mkdir("vllm"), TORCH_COMPILE_DISABLE="1") as executor:
         yield executor
+
+
+@pytest.fixture
+def hub_engine(
+    pytestconfig: pytest.Config, tmp_path: Path
+) -> Iterator[tuple[Hub, ProcessPoolExecutor]]:
+    """A Hub on this machine, and engines that load models from it."""
+    with running_hub() as hub:
+        environment = {**hub.environment(tmp_path / "home"), "TORCH_COMPILE_DISABLE": "1"}
+        with engine_process(pytestconfig.cache.mkdir("vllm"), **environment) as executor:
+            yield hub, executor
 
 
 @pytest.fixture

@@ -29,7 +29,14 @@ class Generation:
     logprobs: list[dict[int, float]]
 
 
-def make_engine(checkpoint: Path, **arguments: Any) -> Any:
+def inspect_models_here() -> None:
+    """Let vLLM look at model classes in this process: another one costs ten seconds for each."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
+
+
+def make_engine(checkpoint: Path | str, **arguments: Any) -> Any:
     from vllm import LLM
 
     return LLM(str(checkpoint), **{**SMALL, **arguments})
@@ -70,11 +77,43 @@ def _close(llm: Any) -> None:
 
 
 def generate(
-    checkpoint: Path, prompts: list[list[int]], adapter: Path | None = None, **arguments: Any
+    checkpoint: Path | str, prompts: list[list[int]], adapter: Path | None = None, **arguments: Any
 ) -> list[Generation]:
     llm = make_engine(checkpoint, enable_lora=adapter is not None, **arguments)
     try:
         return continue_prompts(llm, prompts, adapter)
+    finally:
+        _close(llm)
+
+
+def generate_in_stages(
+    checkpoint: Path, prompts: list[list[int]], **arguments: Any
+) -> list[Generation]:
+    """With pipeline parallelism, in eager mode.
+
+    On a CPU, vLLM makes the buffers between stages while it warms up, which eager mode leaves out.
+    """
+    llm = make_engine(checkpoint, distributed_executor_backend="mp", **arguments)
+    try:
+        llm.collective_rpc(_warm_up)
+        return continue_prompts(llm, prompts)
+    finally:
+        _close(llm)
+
+
+def _warm_up(worker: Any) -> None:
+    worker.model_runner.profile_run()
+
+
+def generate_twice(
+    checkpoint: Path, prompts: list[list[int]], **arguments: Any
+) -> tuple[list[list[Generation]], dict[str, float]]:
+    """The same prompts twice on one engine, and what its counters say then."""
+    llm = make_engine(checkpoint, disable_log_stats=False, **arguments)
+    try:
+        results = [continue_prompts(llm, prompts) for _ in range(2)]
+        metrics = llm.get_metrics()
+        return results, {each.name: each.value for each in metrics if hasattr(each, "value")}
     finally:
         _close(llm)
 

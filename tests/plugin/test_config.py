@@ -99,6 +99,17 @@ def test_renamed_modules() -> None:
     assert config.layers == {"model.model.layers.0.up_proj": "a"}
 
 
+def test_layer_that_vllm_names_in_its_own_way() -> None:
+    """Granite's hybrids are known; who builds a quantized layer as another would serve noise."""
+    config = make_config(["layers.0.mamba.in_proj", "layers.0.o_proj"], BLOCK_256, make_codebook())
+    assert isinstance(_method(config, "layers.0.mixer.in_proj"), PCDVQLinearMethod)
+    with pytest.raises(CheckpointError, match=r"a layer model\.0\.mixer\.in_proj.*'\*\.in_proj'"):
+        _method(config, "model.0.mixer.in_proj")
+    config.left = {"layers.1.o_proj", "layers.1.mamba.in_proj"}
+    for name in ("layers.1.o_proj", "layers.1.mixer.in_proj"):
+        assert isinstance(_method(config, name), CheckedUnquantizedLinearMethod)
+
+
 def test_activations(vllm_config) -> None:
     """The server's option comes before the checkpoint's, which comes before the default."""
     config = make_config(QKV, BLOCK_256, make_codebook())

@@ -5,10 +5,23 @@ from __future__ import annotations
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import pcdvq_quantizer.hf  # noqa: F401 transformers then loads PCDVQ checkpoints
 import pytest
 import torch
-from engine_worker import NEW_TOKENS, Generation, compiled_models, generate, generate_and_reload
+from engine_worker import (
+    NEW_TOKENS,
+    Generation,
+    compiled_models,
+    generate,
+    generate_and_reload,
+    generate_in_stages,
+    generate_twice,
+)
+from hub import Hub, Repository
+from models import change_config, save_model, tiny_config
 from pcdvq_kernels.config import CodebookSpec
+from pcdvq_quantizer.plan import NONE, QuantizeOptions, make_plan
+from pcdvq_quantizer.run import quantize_model
 from random_checkpoint import (
     E8,
     INT8,
@@ -21,6 +34,7 @@ from random_checkpoint import (
     write_random_checkpoint,
 )
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     MixtralConfig,
     Phi3Config,
@@ -96,6 +110,28 @@ ODD_LLAMA = tiny_llama(
 )
 
 
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_chunk_size": 16}
+# Models whose layers are put together in ways of their own, by transformers' names; without
+# calibration where a second word says so.
+FAMILIES: dict[str, dict[str, object]] = {
+    "qwen3": {"head_dim": 32},
+    "gemma3_text": {
+        "head_dim": 32,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "olmo2": {},
+    "mistral uncalibrated": {"head_dim": 32, "sliding_window": 16},
+    "mamba2 uncalibrated": {"num_heads": 4, "state_size": 16, "n_groups": 1, "chunk_size": 16},
+    "granitemoehybrid": {
+        **MAMBA,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 256,
+        "layer_types": ["mamba", "attention"],
+    },
+}
+
+
 def check(
     generations: list[Generation], model: PreTrainedModel, dtype: torch.dtype = torch.float32
 ) -> None:
@@ -121,6 +157,25 @@ def test_logprobs(
 ) -> None:
     model = write_random_checkpoint(tmp_path, config, spec)
     check(engine.submit(generate, tmp_path, PROMPTS, dtype="float32").result(), model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models(name: str, engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """A checkpoint of the quantizer's own: trellis, calibrated to several rates."""
+    model_type, _, variant = name.partition(" ")
+    fields = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 256}
+    fields |= {"initializer_range": 0.15, "pad_token_id": 0, **FAMILIES[name]}
+    source = save_model(tmp_path / "model", tiny_config(model_type, **fields))
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog; " * 10)
+    calibrated = QuantizeOptions(3.7, calibration=str(text), samples=2, sequence_length=48)
+    options = QuantizeOptions(3.0, calibration=NONE) if variant else calibrated
+    checkpoint = quantize_model(make_plan(str(source), options), tmp_path / "out")
+    assert variant or len(set(checkpoint.config.layers.values())) > 1
+    change_config(checkpoint.directory, activations="float")  # as dense weights compute
+    generations = engine.submit(generate, checkpoint.directory, PROMPTS, dtype="float32").result()
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
+    check(generations, dense.dequantize())
 
 
 @pytest.mark.parametrize("embeddings", [INT8, SIGNED_4], ids=["8 bits", "4 bits"])
@@ -203,11 +258,49 @@ def test_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     check(generations, model)
 
 
+def test_pipeline_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    model = write_random_checkpoint(tmp_path, tiny_llama(), embeddings=INT8)
+    arguments = {"dtype": "float32", "pipeline_parallel_size": 2}
+    check(engine.submit(generate_in_stages, tmp_path, PROMPTS, **arguments).result(), model)
+
+
 def test_quantized_embeddings_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     config = tiny_llama(vocab_size=333)
     model = write_random_checkpoint(tmp_path, config, max_tp=2, embeddings=SIGNED_4)
     generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **PARALLEL).result()
     check(generations, model)
+
+
+def test_features(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """Prefix caching, chunked prefill and speculation, all at once, change nothing."""
+    model = write_random_checkpoint(tmp_path, tiny_llama())
+    arguments = {
+        "block_size": 32,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        },
+    }
+    prompts = [*PROMPTS, [5, 6, 7, 8] * 16]
+    task = engine.submit(generate_twice, tmp_path, prompts, dtype="float32", **arguments)
+    results, counted = task.result()
+    for generations in results:
+        check(generations, model)
+    assert counted["vllm:prefix_cache_hits"] >= 64
+    assert counted["vllm:spec_decode_num_draft_tokens"] > 0
+
+
+def test_repository_of_the_hub(hub_engine: tuple[Hub, ProcessPoolExecutor], tmp_path: Path) -> None:
+    """By its id: downloaded by vLLM, and before that the codebooks by the plugin."""
+    model = write_random_checkpoint(tmp_path / "local", tiny_llama())
+    files = {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    hub, engine = hub_engine
+    hub.repositories["someone/tiny"] = Repository(private=False, files=files)
+    check(engine.submit(generate, "someone/tiny", PROMPTS, dtype="float32").result(), model)
 
 
 @pytest.mark.parametrize("embeddings", [None, INT8], ids=["embeddings left", "8 bits"])

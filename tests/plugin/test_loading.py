@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 import torch
 from bare_layers import (
@@ -61,6 +64,27 @@ def test_layers_share_codewords(vllm_config) -> None:
         load_part(layer, PARTS[1])
         finish(layer)
     assert layers[0].codewords is layers[1].codewords
+
+
+def test_one_line_says_what_is_served(vllm_config, caplog: pytest.LogCaptureFixture) -> None:
+    """Once all layers are ready, and not again when they are loaded anew."""
+    config = make_config(["m.a", "m.b"], BLOCK_256, make_codebook())
+    layers = [
+        ReplicatedLinear(K, 64, bias=False, quant_config=config, prefix=name)
+        for name in ("m.a", "m.b")
+    ]
+    caplog.set_level(logging.INFO, "vllm.pcdvq")
+    for layer, lines in ((layers[0], 0), (layers[1], 1), (layers[1], 1)):
+        if layer.signs_in.dim() > 1:
+            load_part(layer, PARTS[1])
+        finish(layer)
+        assert len(caplog.messages) == lines
+    gib = 2 * (64 * K * 2 / 8 + 4 * 64 + K / 8) / 2**30
+    assert re.fullmatch(
+        r"PCDVQ: 2 linear layers \(signed, codes of 2\.000 bits per weight\); "
+        rf"{gib:.3g} GiB packed, made ready in \d+\.\d s; kernels: cpu (scalar|avx2|avx512)",
+        caplog.messages[0],
+    )
 
 
 @pytest.mark.parametrize("name", ["qweight", "row_scale", "signs_in", "bias"])

@@ -10,6 +10,7 @@ import torch
 from bare_layers import finish, load_part, make_codebook, make_config, make_parts, tensor_parallel
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.hadamard import choose_block
 from random_checkpoint import SIGNED, TRELLIS, PackedLayer
 from torch import Tensor
 from vllm.model_executor.layers.linear import (
@@ -67,10 +68,6 @@ def _three(config: PCDVQConfig) -> LinearBase:
 
 def _column(config: PCDVQConfig) -> LinearBase:
     return ColumnParallelLinear(K, 96, bias=True, quant_config=config, prefix="m.up")
-
-
-def _row(config: PCDVQConfig) -> LinearBase:
-    return RowParallelLinear(K, 96, bias=True, quant_config=config, prefix="m.down")
 
 
 def _replicated(config: PCDVQConfig) -> LinearBase:
@@ -158,14 +155,23 @@ def test_output_shards(name: str, size: int, spec: CodebookSpec, vllm_config) ->
     )
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_input_shards(size: int, vllm_config) -> None:
-    case = Case(_row, "m.down", {"m.down": 96}, (None,), (96,))
-    parts, bias, x = make_parts([96], K), torch.randn(96), torch.randn(3, K)
+@pytest.mark.parametrize(
+    ("width", "size"),
+    [(K, 1), (K, 2), (K, 4), (576, 1), (576, 3), (896, 2), (4864, 2), (4864, 4)],
+)
+def test_input_shards(width: int, size: int, vllm_config) -> None:
+    """Also at widths that are no powers of two, with the blocks that `--max-tp 8` chooses."""
+    block, codebook = choose_block(width, 8), make_codebook()
+    (part,), bias, x = make_parts([96], width), torch.randn(96), torch.randn(3, width)
+    config = make_config(["m.down"], {width: block}, codebook)
     total = torch.zeros(3, 96)
     for rank, columns in enumerate(x.chunk(size, dim=-1)):
-        total += _forward(_shard(case, parts, [bias], rank, size), columns, rank, size)
-    torch.testing.assert_close(total, _dense(parts, [bias], x), **TOLERANCE)
+        with tensor_parallel(rank, size):
+            layer = RowParallelLinear(width, 96, quant_config=config, prefix="m.down")
+            load_part(layer, part, bias=bias)
+            total += finish(layer)(columns)[0]
+    expected = x @ part.dense(codebook, block).T + bias
+    torch.testing.assert_close(total, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +180,9 @@ def test_input_shards(size: int, vllm_config) -> None:
         (256, 64, 8, r"--tensor-parallel-size 4\."),
         (4096, 4096, 2, r"--tensor-parallel-size 1, or quantize again with --max-tp 2\."),
         (72, 8, 2, r"--tensor-parallel-size 1\."),
+        (576, 64, 2, r"--tensor-parallel-size 1\."),
+        (896, 64, 4, r"--tensor-parallel-size 2\."),
+        (4864, 256, 4, r"--tensor-parallel-size 1, or quantize again with --max-tp 4\."),
     ],
 )
 def test_input_shards_that_cut_blocks(

@@ -164,15 +164,22 @@ def test_rotated_statistics_are_those_of_rotated_inputs() -> None:
 STAGES = {
     "llama": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
     "qwen2": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
+    "qwen3": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
+    "olmo2": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
     "gemma3_text": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
     "phi3": [("qkv",), ("o",), ("gate_up",), ("down",)],
+    "falcon_h1": [("in",), ("out",), ("q", "k", "v"), ("o",), ("up", "gate"), ("down",)],
 }
+# Those that norm what they add to the residual stream, or add two things at once.
+ADD_NO_LINEAR = ("gemma3_text", "olmo2", "falcon_h1")
+FALCON_H1 = {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16}
 
 
 @pytest.mark.parametrize("model_type", STAGES)
 def test_replay_of_an_unchanged_layer_is_its_forward(model_type: str, tmp_path: Path) -> None:
-    extra = {"pad_token_id": 0} if model_type == "phi3" else {}
+    extra = {"pad_token_id": 0} if model_type in ("phi3", "olmo2") else {}
     extra |= {"head_dim": 16, "sliding_window": 16} if model_type == "gemma3_text" else {}
+    extra |= {**FALCON_H1, "head_dim": 16} if model_type == "falcon_h1" else {}
     source = open_source(str(save_model(tmp_path / "model", tiny_config(model_type, **extra))))
     linears = select_layers(source).linears
     model = LayeredModel(source, linears, torch.device("cpu"))
@@ -191,8 +198,7 @@ def test_replay_of_an_unchanged_layer_is_its_forward(model_type: str, tmp_path: 
             ]
             assert kinds == STAGES[model_type]
             adds = [stage.residual is not None for stage in stages]
-            # Gemma norms what it adds to the stream; the others add the linear's output itself.
-            assert adds == [False, model_type != "gemma3_text"] * 2
+            assert adds == [False, model_type not in ADD_NO_LINEAR] * (len(stages) // 2)
             replay = Replay(layer, calls[index], hidden, stages)
             for number, stage in enumerate(stages):
                 for x, original in zip(replay.inputs(number), stage.inputs, strict=True):

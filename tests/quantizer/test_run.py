@@ -38,6 +38,7 @@ def test_checkpoint_holds_the_model(model: Path, tmp_path: Path) -> None:
     checkpoint = quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out")
     original = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert len(checkpoint.layers) == 14
+    assert checkpoint.config.max_tp == OPTIONS.max_tp
     stored = {
         name: tensor
         for file in sorted((tmp_path / "out").glob("model-*.safetensors"))

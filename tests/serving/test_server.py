@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
@@ -155,6 +156,26 @@ def test_logprobs_are_a_distribution(client: OpenAI, model_name: str) -> None:
         assert len(top) == 5
         assert sum(torch.tensor(list(top.values())).exp()) <= 1.0001
         assert list(top.values()) == sorted(top.values(), reverse=True)
+
+
+def test_structured_output(client: OpenAI, model_name: str) -> None:
+    properties = {"capital": {"type": "string", "maxLength": 20}, "large": {"type": "boolean"}}
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=model_name,
+        messages=[{"role": "user", "content": "What is the capital of France? Is it large?"}],
+        response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
+        temperature=0,
+        max_completion_tokens=48,
+    )
+    city = json.loads(answer.choices[0].message.content)
+    assert city.keys() == properties.keys()
+    assert isinstance(city["large"], bool)
 
 
 def test_concurrent_requests_get_their_own_answers(client: OpenAI) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class LayeredModel:
         Returns:
             (hidden fp32 [S, T, H], a `Call` for each layer; calls fit any row of `tokens`).
         """
-        recorders = [_Recorder() for _ in self._stack]
+        recorders = [_Recorder(self._tuples) for _ in self._stack]
         hidden = []
         with self._instead_of_layers(recorders):
             weight = self.model.get_input_embeddings().weight
@@ -73,7 +74,7 @@ class LayeredModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, V] of hidden states [T, H] that come out of the last decoder layer."""
         self._materialize_except_layers()
-        with self._instead_of_layers([_Recorder() for _ in self._stack]):
+        with self._instead_of_layers([_Recorder(self._tuples) for _ in self._stack]):
             return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
     def load(self, index: int) -> nn.Module:
@@ -111,6 +112,18 @@ class LayeredModel:
         for index in range(len(self.layers)):
             self.unload(index)
 
+    @cached_property
+    def _tuples(self) -> bool:
+        """Whether decoder layers return tuples, of which the hidden states are the first."""
+        recorders = [_Recorder(tuples=False) for _ in self._stack]
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with self._instead_of_layers(recorders):
+            try:
+                self._base(input_ids=token, use_cache=False)
+            except ValueError:  # a tensor [1, 1, H] has not as many parts as the tuple
+                return True
+        return recorders[-1].hidden.dim() != 3
+
     @contextmanager
     def _instead_of_layers(self, modules: list[_Recorder]) -> Iterator[None]:
         self._materialize_except_layers()
@@ -141,14 +154,17 @@ class LayeredModel:
 class _Recorder(nn.Module):
     """Stands for a decoder layer: keeps what it is given and passes the hidden states on."""
 
-    def __init__(self) -> None:
+    def __init__(self, tuples: bool) -> None:
         super().__init__()
+        self._tuples = tuples
         self.hidden = torch.empty(0)
         self.call = Call((), {})
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, None]:
         self.hidden, self.call = hidden_states, Call(args, kwargs)
-        return hidden_states
+        return (hidden_states, None) if self._tuples else hidden_states
 
 
 def _decoder_layers(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+from pcdvq_kernels.errors import PCDVQError
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -60,6 +63,26 @@ class EvaluationReport:
     seconds: float
     versions: dict[str, str]
 
+    @classmethod
+    def read(cls, file: Path) -> EvaluationReport:
+        """The report that `pcdvq eval --json` wrote to `file`.
+
+        Raises:
+            PCDVQError: it cannot be read or is something else.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(file.read_bytes())
+        except OSError as error:
+            raise PCDVQError(
+                f"--eval: cannot read {file} ({error.strerror}); name a file of pcdvq eval --json"
+            ) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise PCDVQError(
+                f"--eval: {file} was not written by pcdvq eval --json ({where}: {first['msg']})"
+            ) from None
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
 
@@ -69,7 +92,7 @@ class EvaluationReport:
         table.add_column("value", justify="right", no_wrap=True)
         table.add_column("+-", justify="right", no_wrap=True)
         table.add_column("of", overflow="fold")
-        for row in self._rows():
+        for row in self.rows():
             table.add_row(*row)
         console.print(table)
         bos = ", BOS before each" if self.protocol.bos else ""
@@ -80,7 +103,8 @@ class EvaluationReport:
             soft_wrap=True,
         )
 
-    def _rows(self) -> list[tuple[str, str, str, str]]:
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(measure, value, standard error, of what) of every figure."""
         rows = []
         text, lines = self.protocol.text, self.protocol.lambada
         windows = f"{self.protocol.windows} windows of {self.protocol.window} tokens"

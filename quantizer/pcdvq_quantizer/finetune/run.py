@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pcdvq_quantizer.calibration.generate import generate_documents
 from pcdvq_quantizer.calibration.text import read_documents, sample_windows, tokenize
+from pcdvq_quantizer.card import write_model_card
 from pcdvq_quantizer.evaluation.files import ModelFiles, find_reference
 from pcdvq_quantizer.evaluation.hf_model import load_causal_lm
 from pcdvq_quantizer.finetune.distillation import Distillation
@@ -85,6 +86,7 @@ def finetune_checkpoint(
         report = _read_report(checkpoint)
         report["finetune"] = _describe(options, reference, state)
         writer.write_json(REPORT_FILE, report)
+        write_model_card(writer.directory)
         published = writer.publish()
     return FinetuneResult(published, state.start_kl, state.best_kl, state.step, state.diverged)
 

@@ -26,6 +26,11 @@ class PCDVQLinear(PackedWeight):
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
+    @property
+    def weight(self) -> Tensor:
+        """Empty [0, K]: Mamba-2 looks up its device, and initializes it before weights load."""
+        return self.row_scale.new_empty(0, self.in_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] in x's dtype, from x [..., K] (bf16, fp16 or fp32)."""
         return self.linear(x, self.bias)

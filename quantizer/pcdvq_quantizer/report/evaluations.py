@@ -7,11 +7,8 @@ from pathlib import Path
 
 from pcdvq_kernels.checkpoint import open_checkpoint, read_quantization_config
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
-from pydantic import TypeAdapter, ValidationError
 
 from pcdvq_quantizer.evaluation.report import EvaluationReport
-
-_REPORT = TypeAdapter(EvaluationReport)
 
 
 @dataclass(frozen=True)
@@ -64,18 +61,7 @@ def read_evaluations(files: list[Path], original: str) -> Evaluations | None:
 
 
 def _read(file: Path) -> EvaluationReport:
-    try:
-        report = _REPORT.validate_json(file.read_bytes())
-    except OSError as error:
-        raise PCDVQError(
-            f"--eval: cannot read {file} ({error.strerror}); name a file of pcdvq eval --json"
-        ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise PCDVQError(
-            f"--eval: {file} was not written by pcdvq eval --json ({where}: {first['msg']})"
-        ) from None
+    report = EvaluationReport.read(file)
     if report.perplexity is None or report.protocol.text is None:
         raise PCDVQError(
             f"--eval: {file} has no perplexity; make it with pcdvq eval --tasks perplexity"

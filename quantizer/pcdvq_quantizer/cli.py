@@ -337,25 +337,11 @@ def serve(
     calibration: Annotated[str, typer.Option(help="As for `quantize`.")] = "self",
 ) -> None:
     """Serve MODEL with vLLM, quantized first if it is not yet; other options go to `vllm serve`."""
-    from pcdvq_quantizer.plan import QuantizeOptions, make_plan
-    from pcdvq_quantizer.run import quantize_model
-    from pcdvq_quantizer.serving import (
-        cached_checkpoint,
-        is_checkpoint,
-        vllm_command,
-        vllm_environment,
-    )
+    from pcdvq_quantizer.plan import QuantizeOptions
+    from pcdvq_quantizer.serving import checkpoint_of, vllm_command, vllm_environment
 
-    checkpoint = model
-    if not is_checkpoint(model):
-        options = QuantizeOptions(bits=bits, codec=codec.value, calibration=calibration)
-        with console.status(f"Opening {model}"):
-            plan = make_plan(model, options)
-        cached = cached_checkpoint(plan)
-        if not cached.exists():
-            with Bars(console) as bars:
-                quantize_model(plan, cached, progress=bars)
-        checkpoint = str(cached)
+    options = QuantizeOptions(bits=bits, codec=codec.value, calibration=calibration)
+    checkpoint = checkpoint_of(model, options, console)
     command = vllm_command(checkpoint, context.args)
     console.print(shlex.join(command), highlight=False, soft_wrap=True)
     try:

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from pcdvq_kernels import cpu
 from pcdvq_kernels.ops import kernels_for
 
-from pcdvq_quantizer.serving import THREADS_BIND, all_cores
+from pcdvq_quantizer.threads import THREADS_BIND, all_cores
 
 DISTRIBUTION = "vllm-pcdvq"
 PLUGIN_GROUP = "vllm.general_plugins"

@@ -15,10 +15,25 @@ from huggingface_hub import hf_hub_download
 from pcdvq_kernels.cache import cache_directory
 from pcdvq_kernels.checkpoint import read_quantization_config
 from pcdvq_kernels.config import QUANT_METHOD
+from rich.console import Console
 
-from pcdvq_quantizer.plan import Plan
+from pcdvq_quantizer.bars import Bars
+from pcdvq_quantizer.plan import Plan, QuantizeOptions, make_plan
+from pcdvq_quantizer.run import quantize_model
+from pcdvq_quantizer.threads import THREADS_BIND, all_cores
 
-THREADS_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+
+def checkpoint_of(model: str, options: QuantizeOptions, console: Console) -> str:
+    """`model` if it is a checkpoint, else what it is quantized to, which is made once and kept."""
+    if is_checkpoint(model):
+        return model
+    with console.status(f"Opening {model}"):
+        plan = make_plan(model, options)
+    checkpoint = cached_checkpoint(plan)
+    if not checkpoint.exists():
+        with Bars(console) as bars:
+            quantize_model(plan, checkpoint, progress=bars)
+    return str(checkpoint)
 
 
 def is_checkpoint(model: str) -> bool:
@@ -65,8 +80,3 @@ def vllm_environment() -> dict[str, str]:
     if not torch.cuda.is_available():
         environment.setdefault(THREADS_BIND, all_cores())
     return environment
-
-
-def all_cores() -> str:
-    """The cores this process may use, as `THREADS_BIND` takes them."""
-    return ",".join(map(str, sorted(os.sched_getaffinity(0))))

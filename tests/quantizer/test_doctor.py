@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -65,3 +67,12 @@ def test_slow_setups_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.THREADS_BIND in finding("threads").remedy
     assert not finding("kernels").fatal
     assert not finding("threads").fatal
+
+
+def test_where_transformers_cannot_be_imported() -> None:
+    """That is one of the things it finds the reason of."""
+    program = "import sys; sys.modules['transformers'] = None\n"
+    program += "from pcdvq_quantizer.cli import app; app(['doctor'])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "Traceback" not in result.stderr
+    assert "kernels" in result.stdout

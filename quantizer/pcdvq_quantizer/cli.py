@@ -280,7 +280,9 @@ def finetune(
         int | None, typer.Option(help="Default: up to 4, fewer for the sake of 100 steps.")
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Time limit for training.")] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak relative change per step.")] = 5e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak relative change per step; default: by the KL.")
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,

@@ -51,6 +51,13 @@ def engine(pytestconfig: pytest.Config) -> Iterator[ProcessPoolExecutor]:
 
 
 @pytest.fixture
+def own_engine(pytestconfig: pytest.Config) -> Iterator[ProcessPoolExecutor]:
+    # Speculation imports numba, after which vLLM 0.32 starts no other engine in the process.
+    with engine_process(pytestconfig.cache.mkdir("vllm"), TORCH_COMPILE_DISABLE="1") as executor:
+        yield executor
+
+
+@pytest.fixture
 def hub_engine(
     pytestconfig: pytest.Config, tmp_path: Path
 ) -> Iterator[tuple[Hub, ProcessPoolExecutor]]:

@@ -271,7 +271,7 @@ def test_quantized_embeddings_tensor_parallel(engine: ProcessPoolExecutor, tmp_p
     check(generations, model)
 
 
-def test_features(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_features(own_engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     """Prefix caching, chunked prefill and speculation, all at once, change nothing."""
     model = write_random_checkpoint(tmp_path, tiny_llama())
     arguments = {
@@ -286,7 +286,7 @@ def test_features(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
         },
     }
     prompts = [*PROMPTS, [5, 6, 7, 8] * 16]
-    task = engine.submit(generate_twice, tmp_path, prompts, dtype="float32", **arguments)
+    task = own_engine.submit(generate_twice, tmp_path, prompts, dtype="float32", **arguments)
     results, counted = task.result()
     for generations in results:
         check(generations, model)

@@ -213,7 +213,13 @@ def test_server_ends_when_a_worker_is_killed(server: Server, client: OpenAI) -> 
     workers = [child for child in process.children(recursive=True) if "Worker" in child.name()]
     assert workers
     with ThreadPoolExecutor(1) as pool:
-        request = pool.submit(greedy, client, PROMPTS[0], 900)
+        request = pool.submit(
+            client.completions.create,
+            model=client.models.list().data[0].id,
+            prompt=PROMPTS[0],
+            max_tokens=900,
+            extra_body={"ignore_eos": True},
+        )
         time.sleep(2)
         for worker in workers:
             worker.kill()

@@ -25,7 +25,8 @@ class FinetuneOptions:
         windows_per_step: None is up to 4, fewer where that leaves less than 100 steps.
         minutes: time limit for training, interrupted runs included; the learning rate is at its
             end by then. None: no limit.
-        learning_rate: peak relative change of a parameter per step.
+        learning_rate: peak relative change of a parameter per step; None is 0.007 sqrt(KL at the
+            start): what a model stands without harm shrinks with how far it is from its original.
         gradient_checkpointing: compute each decoder layer twice rather than keep what its backward
             pass needs.
         seed: of the order of windows.
@@ -38,7 +39,7 @@ class FinetuneOptions:
     holdout: int = 4
     windows_per_step: int | None = None
     minutes: float | None = None
-    learning_rate: float = 5e-3
+    learning_rate: float | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -56,7 +57,7 @@ class FinetuneOptions:
             raise PCDVQError("--windows-per-step is 0; give 1 or more")
         if self.minutes is not None and not self.minutes > 0:
             raise PCDVQError(f"--minutes is {self.minutes}; give more than 0")
-        if not 0 < self.learning_rate < 1:
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise PCDVQError(
                 f"--learning-rate is {self.learning_rate}; give a relative change per step between "
                 "0 and 1, such as 0.005"

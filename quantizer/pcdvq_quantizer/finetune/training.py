@@ -21,6 +21,7 @@ from pcdvq_quantizer.finetune.student import Student
 from pcdvq_quantizer.writer import save_whole
 
 BETAS = (0.9, 0.95)  # steps are few: a longer memory would be mostly of the first ones
+LEARNING_RATE = 7e-3  # at a KL of 1
 WARMUP_SHARE = 0.1
 VALIDATIONS = 6
 NUMBERS = ("step", "seconds", "validations", "diverged")
@@ -183,7 +184,8 @@ class Trainer:
         """Linear warm-up, then half a cosine down to 0."""
         warm = (self.state.step + 1) / max(1.0, WARMUP_SHARE * self._options.steps)
         decay = 0.5 * (1 + math.cos(math.pi * self._share_done()))
-        return self._options.learning_rate * min(1.0, warm) * decay
+        peak = self._options.learning_rate or LEARNING_RATE * math.sqrt(self.state.start_kl)
+        return peak * min(1.0, warm) * decay
 
     def _step_windows(self) -> Tensor:
         count = self._options.step_windows

@@ -228,6 +228,7 @@ class PCDVQMoEMethod(FusedMoEMethodBase):
         vllm_config = get_current_vllm_config_or_none()
         activations = self.config.activations(vllm_config)
         self.layouts = [Layout(block, self.spec, activations) for block in blocks]
+        self.layout_ints = [layout.to_ints() for layout in self.layouts]
         model = vllm_config and vllm_config.model_config
         self.config.add_layer(
             self.kind, self.codebook, num_experts * 3 * inner * hidden_size, model
@@ -332,9 +333,8 @@ class PCDVQMoEMethod(FusedMoEMethodBase):
             [getattr(layer, f"{part.name}_{tensor}") for tensor in PACKED_TENSORS]
             for part in self.parts
         )
-        layouts = [layout.to_ints() for layout in self.layouts]
         return torch.ops.pcdvq.moe(
-            x, topk_weights, topk_ids, gate_up, down, layer.codewords, *layouts
+            x, topk_weights, topk_ids, gate_up, down, layer.codewords, *self.layout_ints
         )
 
 

@@ -45,7 +45,7 @@ def push(
     try:
         return _upload(HfApi(), directory, repo_id, private)
     except (HTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PCDVQError(
             f"the Hub did not take {directory} as {repo_id} ({reason}); check the name, the "
             "connection and what the token may do. The same command continues."

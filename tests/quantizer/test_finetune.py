@@ -205,7 +205,7 @@ def test_interrupted_run_continues_to_the_same_bytes(
 def test_divergence_keeps_the_best(
     checkpoint: Path, options: FinetuneOptions, tmp_path: Path
 ) -> None:
-    wild = replace(options, learning_rate=0.9)
+    wild = replace(options, learning_rate=0.99)
     result = finetune_checkpoint(checkpoint, tmp_path / "out", wild)
     assert result.diverged
     assert result.steps < wild.steps

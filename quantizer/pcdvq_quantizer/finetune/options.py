@@ -25,8 +25,8 @@ class FinetuneOptions:
         windows_per_step: None is up to 4, fewer where that leaves less than 100 steps.
         minutes: time limit for training, interrupted runs included; the learning rate is at its
             end by then. None: no limit.
-        learning_rate: peak relative change of a parameter per step; None is 0.007 sqrt(KL at the
-            start): what a model stands without harm shrinks with how far it is from its original.
+        learning_rate: peak relative change of a parameter per step; None is 0.0125 times the KL
+            at the start, at most 0.01: a model stands the less the nearer it is to its original.
         gradient_checkpointing: compute each decoder layer twice rather than keep what its backward
             pass needs.
         seed: of the order of windows.

@@ -21,7 +21,9 @@ from pcdvq_quantizer.finetune.student import Student
 from pcdvq_quantizer.writer import save_whole
 
 BETAS = (0.9, 0.95)  # steps are few: a longer memory would be mostly of the first ones
-LEARNING_RATE = 7e-3  # at a KL of 1
+LEARNING_RATE = 0.0125  # per nat of the KL at the start
+MAX_LEARNING_RATE = 0.01
+DIVERGED = 1.1  # times the KL at the start; a little more is the noise of high rates
 WARMUP_SHARE = 0.1
 VALIDATIONS = 6
 NUMBERS = ("step", "seconds", "validations", "diverged")
@@ -170,7 +172,7 @@ class Trainer:
         if state.validations and kl < state.best_kl:
             state.best = state.delta.clone()
         state.validations.append((state.step, kl))
-        state.diverged = not kl <= state.start_kl  # also where it is NaN
+        state.diverged = not kl <= DIVERGED * state.start_kl  # also where it is NaN
         state.seconds += time.monotonic() - started
 
     def _share_done(self) -> float:
@@ -184,7 +186,8 @@ class Trainer:
         """Linear warm-up, then half a cosine down to 0."""
         warm = (self.state.step + 1) / max(1.0, WARMUP_SHARE * self._options.steps)
         decay = 0.5 * (1 + math.cos(math.pi * self._share_done()))
-        peak = self._options.learning_rate or LEARNING_RATE * math.sqrt(self.state.start_kl)
+        usual = min(LEARNING_RATE * self.state.start_kl, MAX_LEARNING_RATE)
+        peak = self._options.learning_rate or usual
         return peak * min(1.0, warm) * decay
 
     def _step_windows(self) -> Tensor:

@@ -48,11 +48,11 @@ def quantize_in_processes(
         )
     check_windows(options.samples, count)
     arguments = (model, options, output, overwrite)
-    launch(count, _quantize_together, arguments, progress or Progress())
+    launch(count, quantize_share, arguments, progress or Progress())
     return open_checkpoint(output)
 
 
-def _quantize_together(
+def quantize_share(
     processes: Processes,
     progress: Progress,
     model: str,

@@ -18,7 +18,7 @@ def pack_codes(codes: Tensor, code_bits: int) -> Tensor:
     """
     rows, groups = codes.shape
     # Eight codes fill exactly `code_bits` bytes, so a row is packed in such runs.
-    padded = torch.nn.functional.pad(codes, (0, -groups % 8)).view(rows, -1, 8)
+    padded = torch.nn.functional.pad(codes, (0, -groups % 8)).unflatten(1, (-1, 8))
     packed = torch.zeros(rows, padded.shape[1], code_bits, dtype=torch.int64)
     for index in range(8):
         first = index * code_bits

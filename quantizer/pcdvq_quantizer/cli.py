@@ -99,13 +99,16 @@ def quantize(
         typer.Option("--finetune", help="Then distil the original into OUT, as `pcdvq finetune`."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of signs and calibration text.")] = 0,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that calibrate together; a GPU each, if any.")
+    ] = 1,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Quantize MODEL into the PCDVQ checkpoint OUT."""
     from pcdvq_quantizer.finetune import FinetuneOptions
     from pcdvq_quantizer.inspection import describe_rate
     from pcdvq_quantizer.plan import NONE, QuantizeOptions, make_plan
-    from pcdvq_quantizer.run import quantize_model
+    from pcdvq_quantizer.run import quantize_in_processes, quantize_model
 
     options = QuantizeOptions(
         bits=bits,
@@ -126,7 +129,10 @@ def quantize(
     if finetune and calibration == NONE:
         raise PCDVQError("--finetune needs text to learn from; drop --calibration none")
     with Bars(console) as bars:
-        checkpoint = quantize_model(plan, out, overwrite, bars)
+        if processes > 1:
+            checkpoint = quantize_in_processes(processes, model, options, out, overwrite, bars)
+        else:
+            checkpoint = quantize_model(plan, out, overwrite, bars)
     if finetune:
         _finetune(out, out, tuning, overwrite=True)
     console.print(

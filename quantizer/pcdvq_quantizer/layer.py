@@ -56,24 +56,29 @@ class QuantizedLinear:
 
 
 class ErrorSum:
-    """Adds up the error of row chunks of a layer."""
+    """Adds up the error of row chunks of a layer.
+
+    Attributes:
+        sums: fp64 [3], squared error in direction and in magnitude, and energy of the original.
+    """
 
     def __init__(self, vector_dim: int) -> None:
         self._vector_dim = vector_dim
-        self._direction = self._magnitude = self._energy = 0.0
+        self.sums = torch.zeros(3, dtype=torch.float64)
 
     def add(self, rotated: Tensor, decoded: Tensor) -> None:
         """Count rows: original and decoded weights in the rotated basis, fp32 [n, K]."""
         w = rotated.view(-1, self._vector_dim)
         q = decoded.view(-1, self._vector_dim)
         lengths = w.norm(dim=1), q.norm(dim=1)
-        self._direction += 2 * (lengths[0] * lengths[1] - (w * q).sum(1)).sum().item()
-        self._magnitude += (lengths[0] - lengths[1]).square().sum().item()
-        self._energy += w.square().sum().item()
+        direction = 2 * (lengths[0] * lengths[1] - (w * q).sum(1)).sum()
+        magnitude = (lengths[0] - lengths[1]).square().sum()
+        self.sums += torch.stack([direction, magnitude, w.square().sum()]).double()
 
     def total(self, output: float | None = None) -> LayerError:
-        error = max(self._direction + self._magnitude, 1e-30)
-        return LayerError(error / max(self._energy, 1e-30), self._direction / error, output)
+        direction, magnitude, energy = self.sums.tolist()
+        error = max(direction + magnitude, 1e-30)
+        return LayerError(error / max(energy, 1e-30), direction / error, output)
 
 
 def check_finite(weight: Tensor, layer: str, model: str) -> None:

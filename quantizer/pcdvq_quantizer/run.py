@@ -6,24 +6,83 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint
+from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint, open_checkpoint
+from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
 
-from pcdvq_quantizer.calibration.run import calibrate
+from pcdvq_quantizer.calibration.parallel import ALONE, Processes
+from pcdvq_quantizer.calibration.run import calibrate, check_windows
 from pcdvq_quantizer.card import write_model_card
+from pcdvq_quantizer.launch import launch
 from pcdvq_quantizer.layer import LayerError
-from pcdvq_quantizer.plan import NONE, Plan, quantize_uncalibrated
+from pcdvq_quantizer.plan import (
+    NONE,
+    Plan,
+    QuantizeOptions,
+    make_plan,
+    quantize_uncalibrated,
+)
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import CheckpointWriter, Shard, plan_shards
 
 
+def quantize_in_processes(
+    count: int,
+    model: str,
+    options: QuantizeOptions,
+    output: Path,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """`quantize_model` of the plan for `model` and `options`, by `count` processes of this machine.
+
+    A run may be continued with another number of them.
+
+    Raises:
+        PCDVQError: as `quantize_model`; there is nothing to do in parallel; one was killed.
+    """
+    if options.calibration == NONE:
+        raise PCDVQError(
+            f"{count} processes share the calibration, of which there is none; drop --processes "
+            "or --calibration none"
+        )
+    check_windows(options.samples, count)
+    arguments = (model, options, output, overwrite)
+    launch(count, quantize_share, arguments, progress or Progress())
+    return open_checkpoint(output)
+
+
+def quantize_share(
+    processes: Processes,
+    progress: Progress,
+    model: str,
+    options: QuantizeOptions,
+    output: Path,
+    overwrite: bool,
+) -> None:
+    """What each process of `quantize_in_processes` does."""
+    plan = make_plan(model, options)
+    if processes.rank == 0:
+        quantize_model(plan, output, overwrite, progress, processes)
+    else:
+        writer = CheckpointWriter(output, plan.fingerprint(), overwrite)
+        calibrate(plan, writer, progress, processes)
+
+
 def quantize_model(
-    plan: Plan, output: Path, overwrite: bool = False, progress: Progress | None = None
+    plan: Plan,
+    output: Path,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Checkpoint:
     """Quantize and write the checkpoint `output`, which appears whole or not at all.
 
     Work goes to `output`.partial, layer by layer; a run that was interrupted and is started again
     with the same model and options continues there.
+
+    Args:
+        processes: of which this is process 0; the others call `calibrate`.
 
     Raises:
         PCDVQError: `output` exists, the disk is full, weights are not finite, the calibration text
@@ -36,7 +95,7 @@ def quantize_model(
         if plan.options.calibration == NONE:
             progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
         else:
-            plan = calibrate(plan, writer, progress)
+            plan = calibrate(plan, writer, progress, processes)
         source = plan.source
         packed = {name: plan.packed_bytes(name) for name in plan.selection.layers}
         shards = plan_shards(((name, source.bytes(name)) for name in source.shapes), packed)

@@ -117,12 +117,15 @@ class CheckpointWriter:
 
     def _remove_if_useless(self) -> None:
         """Nothing made yet is nothing to resume: the next run may have other options."""
-        if self._partial.exists() and not any(self._partial.rglob("*.safetensors")):
+        if self._partial.exists() and not self._has_work():
             shutil.rmtree(self._partial)
+
+    def _has_work(self) -> bool:
+        return any(self._partial.rglob("*.safetensors"))
 
     def _check_run(self) -> None:
         path = self._partial / RUN_FILE
-        if not path.exists():
+        if not path.exists() or not self._has_work():
             write_json_whole(path, self._run)
             return
         earlier = json.loads(path.read_text(encoding="utf-8"))

@@ -200,11 +200,15 @@ def test_run_killed_at_the_end_resumes(
 
 def test_other_options_do_not_resume(model: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
-    partial.mkdir()
+    (partial / "layers").mkdir(parents=True)
+    layer = partial / "layers" / "model.layers.0.mlp.up_proj.safetensors"
+    layer.touch()
     fingerprint = make_plan(str(model), OPTIONS).fingerprint() | {"bits": 2.0}
     (partial / "run.json").write_text(json.dumps(fingerprint))
     with pytest.raises(PCDVQError, match=r"bits = 2\.0, this run has 3\.0"):
         quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out")
+    layer.unlink()  # as if killed before the first
+    quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out")
 
 
 def test_full_disk_leaves_no_output(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pcdvq_quantizer.calibration.parallel import ALONE, Processes
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.experts import Expert, Experts
 
@@ -18,7 +19,7 @@ CHUNK_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Routed:
-    """What the experts of a decoder layer read, tokens of all sequences.
+    """What the experts of a decoder layer read, tokens of all sequences of this process.
 
     Attributes:
         original: fp32 [T, H], in the original model.
@@ -38,6 +39,7 @@ def quantize_experts(
     experts: Experts,
     routed: Routed,
     quantize: Callable[[list[str], InputStatistics], None],
+    processes: Processes = ALONE,
 ) -> list[int]:
     """Quantize each of `experts`, named `name`, gate and up before down.
 
@@ -52,23 +54,25 @@ def quantize_experts(
         The experts with few tokens.
     """
     few = []
+    counts = routed.index.flatten().bincount(minlength=len(experts)).cpu()
+    processes.sum(counts)
     for number, expert in enumerate(experts):
         assert isinstance(expert, Expert)
         token, choice = torch.where(routed.index == number)
         original, x = routed.original, routed.quantized
         weights = torch.ones(len(x), 1, device=x.device)
-        if len(token) < FEW_TOKENS:
+        if counts[number] < FEW_TOKENS:
             few.append(number)
         else:
             original, x, weights = original[token], x[token], routed.weights[token, choice, None]
         wanted = expert.activations(original) * weights
         gate, up, down = (f"{name}.{number}.{part}" for part in expert.names)
-        quantize([gate, up], _moments(original, x))
+        quantize([gate, up], _moments(original, x, processes))
         found = expert.activations(x) * weights
-        quantize([down], _moments(wanted, found))
+        quantize([down], _moments(wanted, found, processes))
     return few
 
 
-def _moments(original: Tensor, quantized: Tensor) -> InputStatistics:
+def _moments(original: Tensor, quantized: Tensor, processes: Processes) -> InputStatistics:
     chunks = zip(original.split(CHUNK_TOKENS), quantized.split(CHUNK_TOKENS), strict=True)
-    return InputStatistics.gather(Inputs(*pair) for pair in chunks)
+    return InputStatistics.gather((Inputs(*pair) for pair in chunks), processes)

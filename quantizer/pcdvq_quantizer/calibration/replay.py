@@ -68,15 +68,20 @@ def run_original(
                 stages = found
                 continue
             if [stage.linears for stage in found] != [stage.linears for stage in stages]:
-                raise PCDVQError(
-                    "the linear layers that run depend on the text (experts of a kind that is not "
-                    "known?), which calibration does not handle; use --calibration none"
-                )
+                raise text_decides()
             for stage, more in zip(stages, found, strict=True):
                 stage.inputs += more.inputs
                 if stage.residual is not None and more.residual is not None:
                     stage.residual += more.residual
     return torch.cat(outputs), stages
+
+
+def text_decides() -> PCDVQError:
+    """Which linears run, or in what order, is not the same for all sequences."""
+    return PCDVQError(
+        "the linear layers that run depend on the text (experts of a kind that is not known?), "
+        "which calibration does not handle; use --calibration none"
+    )
 
 
 class _Trace:

@@ -15,7 +15,8 @@ from torch import Tensor
 from pcdvq_quantizer.calibration.allocation import choose_rates
 from pcdvq_quantizer.calibration.decoder import Call, LayeredModel
 from pcdvq_quantizer.calibration.experts import FEW_TOKENS, Routed, quantize_experts
-from pcdvq_quantizer.calibration.replay import Replay, Stage, run_original
+from pcdvq_quantizer.calibration.parallel import ALONE, Processes
+from pcdvq_quantizer.calibration.replay import Replay, Stage, run_original, text_decides
 from pcdvq_quantizer.calibration.stage import quantize_stage
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.calibration.text import calibration_tokens
@@ -31,9 +32,11 @@ STATE_FILE = "calibration.safetensors"
 class CalibrationState:
     """Where a calibration stands: all it needs to go on after an interruption.
 
+    Each process has its share of the hidden states; the file holds all of them.
+
     Attributes:
         next_layer: index of the first decoder layer that is not quantized.
-        tokens: int64 [S, T], the calibration text.
+        tokens: int64 [S, T], the calibration text, all of it.
         original: fp32 [S, T, H], hidden states before `next_layer` in the original model.
         quantized: the same in the model quantized so far.
     """
@@ -43,62 +46,86 @@ class CalibrationState:
     original: Tensor
     quantized: Tensor
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, processes: Processes = ALONE) -> None:
+        """Process 0 writes what all have."""
         tensors = {
             "tokens": self.tokens,
-            "original": self.original.cpu(),
-            "quantized": self.quantized.cpu(),
+            "original": processes.gather(self.original.cpu(), len(self.tokens)),
+            "quantized": processes.gather(self.quantized.cpu(), len(self.tokens)),
         }
-        save_whole(tensors, directory / STATE_FILE, {"next_layer": str(self.next_layer)})
+        if processes.rank == 0:
+            save_whole(tensors, directory / STATE_FILE, {"next_layer": str(self.next_layer)})
 
     @classmethod
-    def load(cls, directory: Path, device: torch.device) -> CalibrationState | None:
-        """The state an interrupted run left in `directory`, or None."""
+    def load(
+        cls, directory: Path, device: torch.device, processes: Processes = ALONE
+    ) -> CalibrationState | None:
+        """The state in `directory`, with this process's share of the hidden states, or None."""
         try:
             with safe_open(directory / STATE_FILE, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tokens = file.get_tensor("tokens")
+                share = processes.share(len(tokens))
+                hidden = [file.get_slice(name)[share] for name in ("original", "quantized")]
                 next_layer = int(file.metadata()["next_layer"])
         except (FileNotFoundError, SafetensorError):
             return None
-        return cls(
-            next_layer,
-            tensors["tokens"],
-            tensors["original"].to(device),
-            tensors["quantized"].to(device),
-        )
+        return cls(next_layer, tokens, *(each.to(device) for each in hidden))
 
 
-def calibrate(plan: Plan, writer: CheckpointWriter, progress: Progress) -> Plan:
+def calibrate(
+    plan: Plan, writer: CheckpointWriter, progress: Progress, processes: Processes = ALONE
+) -> Plan:
     """Quantize all decoder layers of `plan`; finished ones go to the writer.
 
     A run that was interrupted continues after the last decoder layer it finished.
+
+    Args:
+        processes: that do it together; all call this. Only process 0 writes.
 
     Returns:
         The plan, with the rates that were chosen where `options.is_mixed`.
 
     Raises:
-        PCDVQError: the calibration text cannot be used, or activations are not finite.
+        PCDVQError: the calibration text cannot be used or has fewer windows than there are
+            processes, or activations are not finite.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = processes.device
     model = LayeredModel(plan.source, plan.selection.layers, device)
     directory = writer.work_directory
     with torch.no_grad():
-        state = CalibrationState.load(directory, device)
-        if state is None:
-            tokens = calibration_tokens(plan, model, progress)
-            original, _ = model.embed(tokens)
-            quantized = original.clone()
-            if plan.selection.embedding is not None:
-                quantized = _embed_quantized(plan, plan.selection.embedding, writer, model, tokens)
-            state = CalibrationState(0, tokens, original, quantized)
-            state.save(directory)
-        if plan.options.is_mixed:
-            plan = choose_rates(plan, model, state.tokens, directory, progress)
+        with processes.first_alone():  # which writes what the others then read
+            state = CalibrationState.load(directory, device, processes)
+            if state is None:
+                _begin(plan, writer, model, progress)
+                state = CalibrationState.load(directory, device, processes)
+                assert state is not None
+            check_windows(len(state.tokens), processes.count)
+            if plan.options.is_mixed:
+                plan = choose_rates(plan, model, state.tokens, directory, progress)
         progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
         if plan.selection.embedding is not None:  # done with the first hidden states
             progress.advance(plan.size(plan.selection.embedding))
-        _Calibration(plan, writer, model, progress).run(state)
+        _Calibration(plan, writer, model, progress, processes).run(state)
     return plan
+
+
+def check_windows(windows: int, processes: int) -> None:
+    """Raises PCDVQError if there is no window of calibration text for some process."""
+    if processes > windows:
+        raise PCDVQError(
+            f"{processes} processes have {windows} windows of calibration text to share; give "
+            "fewer --processes, more --samples, or more text"
+        )
+
+
+def _begin(plan: Plan, writer: CheckpointWriter, model: LayeredModel, progress: Progress) -> None:
+    """Save the state before the first decoder layer."""
+    tokens = calibration_tokens(plan, model, progress)
+    original, _ = model.embed(tokens)
+    quantized = original.clone()
+    if plan.selection.embedding is not None:
+        quantized = _embed_quantized(plan, plan.selection.embedding, writer, model, tokens)
+    CalibrationState(0, tokens, original, quantized).save(writer.work_directory)
 
 
 def _embed_quantized(
@@ -120,12 +147,18 @@ class _Calibration:
     """
 
     def __init__(
-        self, plan: Plan, writer: CheckpointWriter, model: LayeredModel, progress: Progress
+        self,
+        plan: Plan,
+        writer: CheckpointWriter,
+        model: LayeredModel,
+        progress: Progress,
+        processes: Processes,
     ) -> None:
         self._plan = plan
         self._writer = writer
         self._model = model
         self._progress = progress
+        self._processes = processes
 
     def run(self, state: CalibrationState) -> None:
         _, calls = self._model.embed(state.tokens[:1])
@@ -135,7 +168,7 @@ class _Calibration:
                 continue
             self._quantize_layer(index, calls[index], state)
             state.next_layer += 1
-            state.save(self._writer.work_directory)
+            state.save(self._writer.work_directory, self._processes)
 
     def _quantize_layer(self, index: int, call: Call, state: CalibrationState) -> None:
         """Quantize decoder layer `index` and move both streams of `state` past it."""
@@ -145,13 +178,15 @@ class _Calibration:
         inner = [linear.removeprefix(f"{name}.") for linear in dict.fromkeys(linears)]
         original, stages = run_original(layer, call, state.original, inner)
         _check_finite(original, f"output of {name} in the original model")
+        if not self._processes.agree([(s.linears, s.residual is None) for s in stages]):
+            raise text_decides()
         replay = Replay(layer, call, state.quantized, stages)
         for number, stage in enumerate(stages):
             experts = layer.get_submodule(stage.linears[0])
             if isinstance(experts, Experts):
                 self._quantize_experts(f"{name}.{stage.linears[0]}", experts, replay, number)
             else:
-                statistics = InputStatistics.gather(_pairs(stage, replay, number))
+                statistics = InputStatistics.gather(_pairs(stage, replay, number), self._processes)
                 names = [f"{name}.{linear}" for linear in stage.linears]
                 self._quantize_linears(names, statistics)
             stage.inputs.clear()
@@ -169,9 +204,11 @@ class _Calibration:
             self._plan.codebooks[names[0]],
             input_signs(in_features, self._plan.options.seed),
             self._plan.config.block(in_features),
+            self._processes,
         )
         for name, weight, quantized, decoded in zip(names, weights, packed, dense, strict=True):
-            self._writer.write_layer(name, quantized)
+            if self._processes.rank == 0:
+                self._writer.write_layer(name, quantized)
             weight.data = decoded.to(weight.device)
         self._progress.advance(sum(map(self._plan.size, names)))
 
@@ -180,7 +217,7 @@ class _Calibration:
         arguments = zip(*replay.arguments(number), strict=True)
         inputs = replay.stages[number].inputs
         routed = Routed(torch.cat(inputs), *(torch.cat(each) for each in arguments))
-        few = quantize_experts(name, experts, routed, self._quantize_linears)
+        few = quantize_experts(name, experts, routed, self._quantize_linears, self._processes)
         if few:
             self._progress.note(
                 f"{name}: {len(few)} of {len(experts)} experts have less than {FEW_TOKENS} tokens "

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from pcdvq_kernels.hadamard import block_hadamard
 from pcdvq_kernels.packing import pack_codes, pack_signs
 from torch import Tensor
 
 from pcdvq_quantizer.calibration.ldlq import cholesky_feedback, ldlq
+from pcdvq_quantizer.calibration.parallel import ALONE, Processes
 from pcdvq_quantizer.calibration.statistics import InputStatistics
 from pcdvq_quantizer.codebooks import NamedCodebook
 from pcdvq_quantizer.layer import (
@@ -28,6 +32,7 @@ def quantize_stage(
     codebook: NamedCodebook,
     signs: Tensor,
     block: int,
+    processes: Processes = ALONE,
 ) -> tuple[list[QuantizedLinear], list[Tensor]]:
     """Quantize linears that read the same activation.
 
@@ -42,45 +47,84 @@ def quantize_stage(
         statistics: moments of their input.
         codebook: for all of them.
         signs, block: of the rotation, as in `quantize_linear`.
+        processes: each rounds its share of the rows.
 
     Returns:
         (packed layers; what they decode to, fp32 [N_i, K]).
     """
-    moments = statistics.rotated(signs, block)
-    original = block_hadamard(torch.cat(weights) * signs, block)
-    vector_dim = codebook.codebook.spec.vector_dim
+    spec = codebook.codebook.spec
+    moments = _Moments(
+        *processes.once(lambda: _prepare(statistics.rotated(signs, block), spec.vector_dim))
+    )
+    shares = [processes.share(len(weight), spec.row_multiple) for weight in weights]
+    parts = [weight[share] for weight, share in zip(weights, shares, strict=True)]
+    original = block_hadamard(torch.cat(parts) * signs, block)
+    lack = None if statistics.lack is None else moments.wanted[shares[0]]
+    aim = _asymmetric_target(original, moments, lack)
+    counts = [len(part) for part in parts]
+    codes, row_scale, decoded = _round(aim, moments, codebook, counts)
+    layers, dense = [], []
+    split = (each.split(counts) for each in (original, aim, codes, row_scale, decoded))
+    rows = zip(*split, strict=True)
+    for weight, (part, wanted, code, scale, levels) in zip(weights, rows, strict=True):
+        errors = ErrorSum(spec.vector_dim)
+        errors.add(part, levels)
+        energies = torch.stack(
+            [_energy(levels - wanted, moments.hessian), _energy(part, moments.hessian)]
+        )
+        processes.sum(errors.sums, energies)
+        whole = partial(processes.gather, total=len(weight), unit=spec.row_multiple)
+        layers.append(
+            QuantizedLinear(
+                whole(pack_codes(code, spec.code_bits)),
+                whole(scale),
+                pack_signs(signs),
+                errors.total((energies[0] / energies[1].clamp_min(1e-30)).item()),
+            )
+        )
+        dense.append(whole(block_hadamard(levels, block) * signs))
+    return layers, dense
+
+
+class _Moments(NamedTuple):
+    """What rounding a stage takes, in the rotated basis.
+
+    Attributes:
+        hessian: fp32 [K, K], damped.
+        feedback: fp32 [K, K], of `cholesky_feedback`.
+        factor: fp64 [K, K], Cholesky factor of the Hessian with the target's damping.
+        wanted: fp64, `InputStatistics.lack` [N, K], or without it `InputStatistics.cross` [K, K].
+    """
+
+    hessian: Tensor
+    feedback: Tensor
+    factor: Tensor
+    wanted: Tensor
+
+
+def _prepare(moments: InputStatistics, vector_dim: int) -> _Moments:
+    """Everything that costs K^3 operations, whatever the number of rows."""
     hessian, feedback = damped_feedback(moments, vector_dim)
-    aim = _asymmetric_target(original, moments)
+    factor = torch.linalg.cholesky(_damped(moments.hessian, TARGET_DAMPING))
+    wanted = moments.cross if moments.lack is None else moments.lack
+    return _Moments(hessian, feedback, factor, wanted)
+
+
+def _round(
+    aim: Tensor, moments: _Moments, codebook: NamedCodebook, counts: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, row scales, decoded weights) of `aim` [N, K], linears of so many rows each."""
     scale = initial_row_scale(aim, codebook)
     # Together they are faster; but a linear's first row must begin a segment of the trellis.
-    counts = [len(weight) for weight in weights]
     together = not any(count % codebook.codebook.spec.row_multiple for count in counts)
     parts = [sum(counts)] if together else counts
     rounded = [
-        ldlq(part / unit.unsqueeze(1), feedback, codebook.encoder, unit.square())
+        ldlq(part / unit.unsqueeze(1), moments.feedback, codebook.encoder, unit.square())
         for part, unit in zip(aim.split(parts), scale.split(parts), strict=True)
     ]
     codes, levels = (torch.cat(each) for each in zip(*rounded, strict=True))
-    row_scale = refit_row_scale(aim, levels, hessian)
-    decoded = levels * row_scale.float().unsqueeze(1)
-    layers = []
-    start = 0
-    for weight in weights:
-        rows = slice(start, start + len(weight))
-        errors = ErrorSum(vector_dim)
-        errors.add(original[rows], decoded[rows])
-        output = _energy(decoded[rows] - aim[rows], hessian) / _energy(original[rows], hessian)
-        layers.append(
-            QuantizedLinear(
-                pack_codes(codes[rows], codebook.codebook.spec.code_bits),
-                row_scale[rows],
-                pack_signs(signs),
-                errors.total(output),
-            )
-        )
-        start = rows.stop
-    dense = block_hadamard(decoded, block) * signs
-    return layers, list(dense.split(counts))
+    row_scale = refit_row_scale(aim, levels, moments.hessian)
+    return codes, row_scale, levels * row_scale.float().unsqueeze(1)
 
 
 def damped_feedback(moments: InputStatistics, vector_dim: int) -> tuple[Tensor, Tensor]:
@@ -98,15 +142,13 @@ def damped_feedback(moments: InputStatistics, vector_dim: int) -> tuple[Tensor, 
             share *= 10
 
 
-def _asymmetric_target(original: Tensor, moments: InputStatistics) -> Tensor:
+def _asymmetric_target(original: Tensor, moments: _Moments, lack: Tensor | None) -> Tensor:
     """W* of `quantize_stage`, fp32 [N, K], for `original` [N, K].
 
-    `moments.lack` is W E[(x_original - x) x^T] + E[r x^T] in one.
+    `lack` is W E[(x_original - x) x^T] + E[r x^T] in one.
     """
-    hessian = _damped(moments.hessian, TARGET_DAMPING)
-    right = original.double() @ moments.cross if moments.lack is None else moments.lack
-    factor = torch.linalg.cholesky(hessian)
-    return original + torch.cholesky_solve(right.T, factor).T.float()
+    right = original.double() @ moments.wanted if lack is None else lack
+    return original + torch.cholesky_solve(right.T, moments.factor).T.float()
 
 
 def _damped(hessian: Tensor, share: float) -> Tensor:
@@ -115,5 +157,5 @@ def _damped(hessian: Tensor, share: float) -> Tensor:
     return hessian + share * mean * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
-def _energy(error: Tensor, hessian: Tensor) -> float:
-    return ((error @ hessian) * error).sum().item()
+def _energy(error: Tensor, hessian: Tensor) -> Tensor:
+    return ((error @ hessian) * error).sum().double()

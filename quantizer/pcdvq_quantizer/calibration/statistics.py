@@ -9,6 +9,8 @@ import torch
 from pcdvq_kernels.hadamard import block_hadamard
 from torch import Tensor
 
+from pcdvq_quantizer.calibration.parallel import ALONE, Processes
+
 FP32_SEQUENCES = 8
 BLOCKS = 4  # of a symmetric product, of which only those on and below the diagonal are computed
 
@@ -46,10 +48,10 @@ class InputStatistics:
     tokens: int
 
     @classmethod
-    def gather(cls, inputs: Iterable[Inputs]) -> InputStatistics:
-        """Accumulate the moments of `inputs`; they are on the CPU."""
+    def gather(cls, inputs: Iterable[Inputs], processes: Processes = ALONE) -> InputStatistics:
+        """Accumulate the moments of `inputs` of all `processes`; they are on the CPU."""
         hessian, cross, lack = _Product(), _Product(), _Product()
-        tokens = 0
+        tokens = torch.zeros((), dtype=torch.int64)
         for each in inputs:
             x = each.quantized
             hessian.add_square(x)
@@ -58,9 +60,14 @@ class InputStatistics:
             else:
                 lack.add(each.lack, x)
             tokens += len(x)
-        square = hessian.mean(tokens)
+        products = [product.total() for product in (hessian, cross, lack) if product.parts]
+        processes.sum(tokens, *products)
+        square, other = (product / tokens for product in products)
         square = square.tril() + square.tril(-1).T
-        return cls(square, cross.mean(tokens), lack.mean(tokens) if lack.parts else None, tokens)
+        count = int(tokens)
+        if lack.parts:
+            return cls(square, torch.empty(0, dtype=torch.float64), other, count)
+        return cls(square, other, None, count)
 
     def rotated(self, signs: Tensor, block: int) -> InputStatistics:
         """Moments of H S x (FORMAT.md) in place of x; signs fp32 [K]."""
@@ -108,10 +115,10 @@ class _Product:
         self.parts += 1
         return self._part
 
-    def mean(self, tokens: int) -> Tensor:
-        """The sum over `tokens`, fp64 [M, K]."""
+    def total(self) -> Tensor:
+        """The sum, fp64 [M, K]."""
         self._flush()
-        return self._total / tokens
+        return self._total
 
     def _flush(self) -> None:
         if self._part.numel():

@@ -1,0 +1,140 @@
+"""Starting processes that work together, and ending all of them when one fails."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pcdvq_kernels.errors import PCDVQError
+
+from pcdvq_quantizer.calibration.parallel import Processes, cores
+from pcdvq_quantizer.progress import Progress
+
+# Others may wait for what process 0 does alone, such as to write text; a failure ends all at once.
+TIMEOUT = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What each process does: `run(processes, progress, *arguments)`."""
+
+    run: Callable[..., None]
+    arguments: tuple[Any, ...]
+    store: str  # the file by which they find each other
+
+
+def launch(
+    count: int, run: Callable[..., None], arguments: tuple[Any, ...], progress: Progress
+) -> None:
+    """Call `run(processes, progress, *arguments)` in `count` new processes.
+
+    They share the cores, unless OMP_NUM_THREADS says how many threads each has.
+
+    Args:
+        run: can be imported by its name.
+        arguments: can be pickled.
+        progress: is told what process 0 does.
+
+    Raises:
+        Exception: what the first that failed raised; its traceback there is a note.
+        PCDVQError: one was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers: dict[Connection, SpawnProcess] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        task = _Task(run, arguments, f"{directory}/store")
+        try:
+            for rank in range(count):
+                reader, writer = context.Pipe(duplex=False)
+                worker = context.Process(target=_work, args=(Processes(rank, count), task, writer))
+                worker.start()
+                workers[reader] = worker
+                writer.close()
+            _watch(dict(workers), progress)
+        finally:
+            for worker in workers.values():
+                worker.kill()
+                worker.join()
+
+
+def _watch(workers: dict[Connection, SpawnProcess], progress: Progress) -> None:
+    """Pass on what `workers` say until they end."""
+    while workers:
+        for reader in wait(list(workers)):
+            assert isinstance(reader, Connection)
+            try:
+                message = reader.recv()
+            except EOFError:
+                worker = workers.pop(reader)
+                worker.join()
+                if worker.exitcode:
+                    raise PCDVQError(
+                        f"one of the processes ended with exit code {worker.exitcode} (killed, for "
+                        "want of memory?); the same command continues, also with fewer --processes"
+                    ) from None
+                continue
+            if isinstance(message, Exception):
+                raise message
+            method, *values = message
+            getattr(progress, method)(*values)
+
+
+class _Sent(Progress):
+    """Reports through a pipe."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def start(self, what: str, total: int) -> None:
+        self._pipe.send(("start", what, total))
+
+    def advance(self, steps: int) -> None:
+        self._pipe.send(("advance", steps))
+
+    def note(self, text: str) -> None:
+        self._pipe.send(("note", text))
+
+
+def _work(processes: Processes, task: _Task, pipe: Connection) -> None:
+    """What a process of `launch` does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // processes.count))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no other machine is to connect
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{task.store}",
+            rank=processes.rank,
+            world_size=processes.count,
+            timeout=TIMEOUT,
+        )
+        progress = _Sent(pipe) if processes.rank == 0 else Progress()
+        task.run(processes, progress, *task.arguments)
+        dist.destroy_process_group()
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        pipe.send(error)
+        # Until the launcher ends all: the others would fail, too, were this one gone.
+        time.sleep(TIMEOUT.total_seconds())
+
+
+def _end_with_launcher() -> None:
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    wait([launcher.sentinel])
+    os._exit(1)

@@ -2,6 +2,7 @@
 // shape and layout here is trusted, except the contents of the tensors.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #define PCDVQ_API __attribute__((visibility("default")))
@@ -105,6 +106,39 @@ struct PcdvqTrellis {
   int32_t dim, parity, field_bits, state_bits, threads, isa;  // dim: 2, 4 or 8
 };
 
+// What follows from a layout for layers of k columns.
+struct PcdvqLinearShape {
+  PcdvqLayout layout;
+  int64_t k, row_bytes, codewords;
+};
+
+// Functions of torch's stable C interface, by their names there; all return 0 for success.
+struct PcdvqTorch {
+  int32_t (*library_init_impl)(const char* library, const char* key, const char* file,
+                               uint32_t line, void** result);
+  int32_t (*library_impl)(void* library, const char* name,
+                          void (*kernel)(uint64_t* stack, uint64_t inputs, uint64_t outputs),
+                          uint64_t version);
+  int32_t (*delete_tensor)(void* tensor);
+  int32_t (*get_dtype)(void* tensor, int32_t* result);
+  int32_t (*get_dim)(void* tensor, int64_t* result);
+  int32_t (*get_sizes)(void* tensor, int64_t** result);
+  int32_t (*is_contiguous)(void* tensor, bool* result);
+  int32_t (*get_data_ptr)(void* tensor, void** result);
+  int32_t (*empty_strided)(int64_t dim, const int64_t* sizes, const int64_t* strides,
+                           int32_t dtype, int32_t device_type, int32_t device_index,
+                           void** result);
+  int32_t (*list_size)(void* list, size_t* result);
+  int32_t (*list_get_item)(void* list, size_t index, uint64_t* result);
+  int32_t (*delete_list)(void* list);
+  int32_t (*delete_value)(uint64_t* value);
+  int32_t (*get_num_threads)(uint32_t* result);
+  // Not torch's: the operator in Python, which takes the six tensors (the last may be null) and gives
+  // a new one, or null with the reason in `message`.
+  void* (*in_python)(void* const* tensors, const int64_t* layout, int32_t layout_size,
+                     char* message, size_t message_size);
+};
+
 // Bytes of each problem's struct above, from PcdvqLinear on: a caller made for another version of this
 // interface must not call it.
 PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[5]);
@@ -128,4 +162,11 @@ PCDVQ_API int32_t pcdvq_nearest(const PcdvqNearest* problem);
 
 // Codes of the trellis codec that minimise the weighted squared error of each segment's paths.
 PCDVQ_API int32_t pcdvq_trellis(const PcdvqTrellis* problem);
+
+// Makes pcdvq_linear torch's `pcdvq::linear` for CPU tensors; the operator must be defined. Calls
+// that do not fit a shape accepted before go through `in_python`. Returns 0 for success.
+PCDVQ_API int32_t pcdvq_torch_register(const PcdvqTorch* torch);
+
+// Adds a layout that Python has found valid.
+PCDVQ_API void pcdvq_torch_accept(const PcdvqLinearShape* shape);
 }

@@ -52,7 +52,8 @@ class LinearShape(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
+def linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
+    """Raise PCDVQError unless `layout` is valid for `in_features` columns."""
     if len(layout) != len(LayoutFields._fields):
         raise PCDVQError(
             f"layout has {len(layout)} integers, expected {len(LayoutFields._fields)}: "
@@ -108,7 +109,7 @@ def check_linear(
     if x.dtype not in ACTIVATION_DTYPES or x.dim() < 1:
         raise PCDVQError(f"x is {_describe(x)}; expected bf16, fp16 or fp32 [..., K]")
     in_features = x.shape[-1]
-    shape = _linear_shape(tuple(layout), in_features)
+    shape = linear_shape(tuple(layout), in_features)
     _check_weight(shape, in_features, (qweight, row_scale, signs_in, codewords), x.device)
     if bias is not None:
         if not bias.is_floating_point():
@@ -132,7 +133,7 @@ def check_embedding(
     if dtype not in ACTIVATION_DTYPES:
         raise PCDVQError(f"dtype is {dtype}; expected bf16, fp16 or fp32")
     in_features = 8 * signs_in.numel()
-    shape = _linear_shape(tuple(layout), in_features)
+    shape = linear_shape(tuple(layout), in_features)
     _check_weight(shape, in_features, (qweight, row_scale, signs_in, codewords), ids.device)
     return shape
 
@@ -161,7 +162,7 @@ def check_moe(
         ("down", down, down_layout, hidden, both // 2),
     ):
         qweight, row_scale, signs_in = tensors
-        shape = _linear_shape(tuple(layout), columns)
+        shape = linear_shape(tuple(layout), columns)
         stacked = experts, rows, shape.row_bytes
         expect(f"{name} qweight", qweight, torch.uint8, stacked, x.device)
         expect(f"{name} row_scale", row_scale, torch.float32, stacked[:2], x.device)
@@ -195,7 +196,7 @@ def check_prepacked(
     """
     expect("row_scale", row_scale, torch.float32, row_scale.shape[:1], like.device)
     expect("signs_in", signs_in, torch.uint8, (in_features // 8,), like.device)
-    return _linear_shape(tuple(layout), in_features).layout
+    return linear_shape(tuple(layout), in_features).layout
 
 
 def check_ids(ids: Tensor, rows: int) -> None:

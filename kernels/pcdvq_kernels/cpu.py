@@ -119,11 +119,16 @@ def _isa_number(isa: str) -> int:
     return ISAS[isa]
 
 
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    if isinstance(library, str):
+def library() -> ctypes.CDLL:
+    """The compiled library.
+
+    Raises:
+        PCDVQError: it is not installed or cannot be loaded.
+    """
+    loaded = _library()
+    if isinstance(loaded, str):
         raise PCDVQError(unavailable_message())
-    return library
+    return loaded
 
 
 def _check_device(x: Tensor) -> None:
@@ -160,7 +165,7 @@ def linear(
     Raises:
         PCDVQError: arguments that do not fit together, or an unavailable `isa`.
     """
-    library = _loaded()
+    kernels = library()
     fields, row_bytes, _ = check_linear(x, qweight, row_scale, signs_in, codewords, bias, layout)
     _check_device(x)
     leading, k, n = x.shape[:-1], x.shape[-1], qweight.shape[0]
@@ -174,7 +179,7 @@ def linear(
     if bias is not None and bias.dtype not in ACTIVATION_DTYPES:
         bias = bias.float()
     m = x.numel() // k
-    status = library.pcdvq_linear(
+    status = kernels.pcdvq_linear(
         _LINEAR.pack(
             x.data_ptr(),
             qweight.data_ptr(),
@@ -216,7 +221,7 @@ def embedding(
         PCDVQError: an id that is no row, other arguments that do not fit together, or an
             unavailable `isa`.
     """
-    library = _loaded()
+    kernels = library()
     fields, row_bytes, _ = check_embedding(
         ids, qweight, row_scale, signs_in, codewords, layout, dtype
     )
@@ -224,7 +229,7 @@ def embedding(
     n, k = qweight.shape[0], 8 * signs_in.numel()
     ids = ids.long().contiguous()
     out = torch.empty((*ids.shape, k), dtype=dtype)
-    status = library.pcdvq_embedding(
+    status = kernels.pcdvq_embedding(
         _EMBEDDING.pack(
             ids.data_ptr(),
             qweight.data_ptr(),
@@ -268,14 +273,14 @@ def moe(
     Raises:
         PCDVQError: arguments that do not fit together, or an unavailable `isa`.
     """
-    library = _loaded()
+    kernels = library()
     shapes = check_moe(
         x, topk_weights, topk_ids, gate_up, down, codewords, gate_up_layout, down_layout
     )
     _check_device(x)
     x, ids, weights = x.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
     out = torch.empty_like(x)
-    status = library.pcdvq_moe(
+    status = kernels.pcdvq_moe(
         _MOE.pack(
             x.data_ptr(),
             ids.data_ptr(),
@@ -317,12 +322,12 @@ def nearest(x: Tensor, codewords: Tensor, bias: Tensor, *, isa: str = "auto") ->
     Raises:
         PCDVQError: other dtypes, shapes or devices.
     """
-    library = _loaded()
+    kernels = library()
     check_nearest(x, codewords, bias)
     _check_device(x)
     x, codewords, bias = x.contiguous(), codewords.contiguous(), bias.contiguous()
     out = torch.empty(x.shape[0], dtype=torch.int32)
-    status = library.pcdvq_nearest(
+    status = kernels.pcdvq_nearest(
         _Nearest(
             x.data_ptr(),
             codewords.data_ptr(),
@@ -350,13 +355,13 @@ def trellis(
     isa: str = "auto",
 ) -> Tensor:
     """`trellis_codes` on the CPU; `isa` is "auto" or one of `isas()`."""
-    library = _loaded()
+    kernels = library()
     field_bits = check_trellis(x, row_weight, codewords, parity, state_bits)
     _check_device(x)
     x, row_weight, codewords = x.contiguous(), row_weight.contiguous(), codewords.contiguous()
     bias = codewords.square().sum(1) / 2
     out = torch.empty(x.shape[:2], dtype=torch.int32)
-    status = library.pcdvq_trellis(
+    status = kernels.pcdvq_trellis(
         _Trellis(
             x.data_ptr(),
             row_weight.data_ptr(),

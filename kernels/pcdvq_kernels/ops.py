@@ -41,9 +41,10 @@ The routed experts of a token, y = sum over choices of weight * down(silu(gate(x
 Codes are served by the C++ kernels on a CPU and by slow torch code elsewhere; words, the form of a
 device that `prepacks`, by the Triton kernels.
 
-Importing this module registers the operators. They raise PCDVQError (a ValueError) for arguments
-that do not fit together; on the CPU also for ids that are no rows, elsewhere the device reports
-those as it does for any index. On the CPU the result for a row of x or an id does not depend on
+Importing this module registers the operators. For arguments that do not fit together they raise
+PCDVQError (a ValueError), or where torch calls C++ without Python (`torch_op`) a RuntimeError with
+the same text; on the CPU also for ids that are no rows, elsewhere the device reports those as it
+does for any index. On the CPU the result for a row of x or an id does not depend on
 the others or on the number of threads; with words its rounding depends on how many there are.
 """
 
@@ -58,7 +59,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pcdvq_kernels import cpu, fallback
+from pcdvq_kernels import cpu, fallback, torch_op
 from pcdvq_kernels.arguments import ACTIVATIONS
 from pcdvq_kernels.config import DEFAULT_ACTIVATIONS, Activations, CodebookSpec
 
@@ -150,7 +151,7 @@ def _kernels(qweight: Tensor, on_cpu: bool) -> ModuleType:
     return cpu if on_cpu and cpu.available() else fallback
 
 
-def _linear(
+def linear(
     x: Tensor,
     qweight: Tensor,
     row_scale: Tensor,
@@ -159,6 +160,7 @@ def _linear(
     bias: Tensor | None,
     layout: Sequence[int],
 ) -> Tensor:
+    """`pcdvq::linear` without torch's dispatcher."""
     run = _kernels(qweight, x.is_cpu).linear
     return run(x, qweight, row_scale, signs_in, codewords, bias, layout)
 
@@ -244,9 +246,11 @@ _LIBRARY.define(
     "Tensor codewords, int[] gate_up_layout, int[] down_layout) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
 _LIBRARY.impl("moe", _moe, "CompositeExplicitAutograd")
 torch.library.register_fake("pcdvq::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("pcdvq::embedding", _embedding_fake, lib=_LIBRARY)
 torch.library.register_fake("pcdvq::moe", _moe_fake, lib=_LIBRARY)
+if cpu.available() and not prepacks(torch.device("cpu")):
+    torch_op.register(cpu.library(), linear)

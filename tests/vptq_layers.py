@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pcdvq_kernels.vptq.layout import VPTQLayout
+from pcdvq_kernels.vptq.layout import TABLES, VPTQLayout
 from pcdvq_kernels.vptq.reference import dequantize
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-
-# What the names on disk add to those of `VPTQLayout.tensors`.
-TABLES = ("centroids", "res_centroids", "outlier_centroids")
 
 
 def entry(

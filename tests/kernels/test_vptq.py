@@ -84,7 +84,9 @@ def test_one_weight_by_hand() -> None:
     tensors = {
         "centroids": torch.tensor([[1.0, 2.0, 3.0, 4.0]]),
         "res_centroids": torch.tensor([[0.0, 0.0, 0.5, 0.25]]),
-        "indices": torch.tensor([[[0b0111]]], dtype=torch.int32),  # 1 with residual 1, then 1 with 0
+        "indices": torch.tensor(
+            [[[0b0111]]], dtype=torch.int32
+        ),  # 1 with residual 1, then 1 with 0
         "outlier_centroids": torch.tensor([[-1.0, -2.0, -3.0, -4.0]]),
         "outlier_indices": torch.tensor([[[1]]], dtype=torch.int16),
         "perm": torch.tensor([2, 0, 1], dtype=torch.int16),  # the outlier is column 2
@@ -189,9 +191,11 @@ def test_any_bits_are_codes() -> None:
     layout, tensors = random_layer(16, 64, centroids=65536, residuals=64)
     weight = packed(layout, tensors)
     weight.codes[0].fill_(255)
-    assert torch.ops.pcdvq.vptq_linear(
-        torch.randn(2, 64), *weight.args(), None, weight.layout
-    ).isfinite().all()
+    assert (
+        torch.ops.pcdvq.vptq_linear(torch.randn(2, 64), *weight.args(), None, weight.layout)
+        .isfinite()
+        .all()
+    )
 
 
 def test_operator() -> None:
@@ -265,12 +269,14 @@ def test_layouts_that_are_not_served(changes: dict[str, object], message: str) -
         ("indices", lambda t: t[:, :-1], "indices is torch.int32"),
     ],
 )
-def test_damaged_tensors(
-    key: str, damage: Callable[[Tensor], Tensor] | None, message: str
-) -> None:
+def test_damaged_tensors(key: str, damage: Callable[[Tensor], Tensor] | None, message: str) -> None:
     layout, tensors = layer("outliers", 37, 576)
     tensors.pop(key) if damage is None else tensors.update({key: damage(tensors[key])})
     with pytest.raises(PCDVQError, match=message):
-        for name, tensor in tensors.items():
-            layout.check_tensor("layer", name, tensor)
-        check_values(layout, tensors, "layer")
+        _check(layout, tensors)
+
+
+def _check(layout: VPTQLayout, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        layout.check_tensor("layer", name, tensor)
+    check_values(layout, tensors, "layer")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pcdvq_kernels.vptq.layout import VPTQLayout
+from pcdvq_kernels.vptq.layout import TABLES, VPTQLayout
 from pcdvq_kernels.vptq.reference import dequantize
-from vptq_layers import CASES, TABLES, random_layer
+from vptq_layers import CASES, random_layer
 
 
 def import_vptq() -> type[torch.nn.Module]:

@@ -1,4 +1,4 @@
-"""Products with VPTQ weights: vectors gathered by their codes straight into tensor-core operands."""
+"""Products with VPTQ weights: vectors gathered by their codes as tensor-core operands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHORTEST_SPLIT = 256  # columns
 
 @triton.jit
 def load_codes(words, columns, inside, BITS: tl.constexpr):
-    """Codes of rows of words [R, 1] at columns [1, C], uint32; bits above a code are not defined."""
+    """Codes of rows of words [R, 1] at columns [1, C], uint32; bits above them are undefined."""
     bit = columns * BITS
     place = words + bit // 32
     low = tl.load(place, mask=inside, other=0).to(tl.uint32, bitcast=True)
@@ -60,7 +60,7 @@ def vptq_kernel(
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """out fp32 [splits, M, N] of one segment; program (g, s, m): BLOCKS row blocks, split s, TOKENS.
+    """out fp32 [splits, M, N] of a segment; program (g, s, m): BLOCKS row blocks, split s, TOKENS.
 
     Args:
         x: fp32 [M, stride]; the segment begins at column `start`.

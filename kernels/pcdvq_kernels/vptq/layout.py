@@ -26,6 +26,8 @@ MOST_ROWS = 16  # of a row block, that the kernels serve
 INDEX_DTYPES = (torch.int16, torch.uint16, torch.float16)  # 16 bits of an index, under any name
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REMEDY = "The checkpoint is damaged or incomplete: download it again."
+# Tensors that are named `<table>.weight` on disk.
+TABLES = ("centroids", "res_centroids", "outlier_centroids")
 
 Pair = Annotated[list[int], Len(2, 2)]
 
@@ -191,7 +193,7 @@ class VPTQLayout(BaseModel):
     def tensors(self) -> dict[str, TensorSpec]:
         """The layer's tensors on disk, but for its bias.
 
-        `centroids`, `res_centroids` and `outlier_centroids` have the suffix `.weight` there.
+        Those of `TABLES` have the suffix `.weight` there.
         """
         length, groups = self.vector_lens[1], self.group_num
         blocks, group = -(-self.out_features // length), self.segments()[-1]
@@ -222,8 +224,7 @@ class VPTQLayout(BaseModel):
         spec = self.tensors().get(key)
         if spec is None:
             raise CheckpointError(
-                f"tensor {name}.{key} is not part of the layer's layout ({self.describe()}). "
-                f"{REMEDY}"
+                f"tensor {name}.{key} is not part of the layer's layout ({self.codec}). {REMEDY}"
             )
         if tensor.dtype not in spec.dtypes or tensor.shape != spec.shape:
             dtypes = " or ".join(str(dtype) for dtype in spec.dtypes)
@@ -232,9 +233,15 @@ class VPTQLayout(BaseModel):
                 f"{list(spec.shape)}. {REMEDY}"
             )
 
-    def describe(self) -> str:
-        """As published names say it: v8-k65536-256."""
-        return f"v{self.vector_lens[1]}-k{self.num_centroids[1]}-{self.residuals}"
+    @property
+    def codec(self) -> str:
+        """As published names say it: vptq v8-k65536-256."""
+        return f"vptq v{self.vector_lens[1]}-k{self.num_centroids[1]}-{self.residuals}"
+
+    @property
+    def bits(self) -> float:
+        """Nominal bits per weight: codes of the groups only."""
+        return self.segments()[-1].bits / self.vector_lens[1]
 
 
 def _is_power(count: int) -> bool:

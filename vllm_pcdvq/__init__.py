@@ -1,10 +1,10 @@
-"""vLLM plugin that serves PCDVQ checkpoints."""
+"""vLLM plugin that serves PCDVQ checkpoints, and published VPTQ ones."""
 
 SUPPORTED_VLLM = (0, 32)
 
 
 def register() -> None:
-    """Make the quantization method `pcdvq` known to vLLM; the `vllm.general_plugins` entry point.
+    """Make `pcdvq` and `vptq` known to vLLM; the `vllm.general_plugins` entry point.
 
     vLLM calls this in every process, possibly more than once. Whatever goes wrong is raised: a
     plugin that is only half there would fail later and less clearly.
@@ -19,8 +19,10 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from vllm_pcdvq.config import PCDVQConfig
+    from vllm_pcdvq.vptq import VPTQConfig
 
     register_quantization_config("pcdvq")(PCDVQConfig)
+    register_quantization_config("vptq")(VPTQConfig)
 
 
 def check_vllm_version(found: str) -> None:

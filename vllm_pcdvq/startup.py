@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.vptq.layout import VPTQLayout
 from vllm.logger import init_logger
 
 # A child of vLLM's logger, so that its handlers and VLLM_LOGGING_LEVEL apply.
@@ -23,18 +24,18 @@ class Startup:
         seconds: that bringing them into that form took.
     """
 
-    built: dict[str, list[tuple[CodebookSpec, int]]] = field(default_factory=dict)
+    built: dict[str, list[tuple[CodebookSpec | VPTQLayout, int]]] = field(default_factory=dict)
     ready: int = 0
     bytes: int = 0
     seconds: float = 0.0
 
-    def add_layer(self, kind: str, spec: CodebookSpec, weights: int) -> None:
+    def add_layer(self, kind: str, spec: CodebookSpec | VPTQLayout, weights: int) -> None:
         """Take note of a layer of `weights` weights that is being built."""
         self.built.setdefault(kind, []).append((spec, weights))
 
     def add_ready(self, layer: torch.nn.Module, seconds: float, kernels: str) -> None:
         """Take note of a layer that is ready; after the last of the first load, log the line."""
-        parameters = layer.named_parameters(recurse=False)
+        parameters = layer.named_parameters()
         self.bytes += sum(each.nbytes for name, each in parameters if name != "bias")
         self.seconds += seconds
         self.ready += 1

@@ -29,12 +29,14 @@ const Kernels* kernels_for(int32_t isa) {
 
 }  // namespace pcdvq
 
-void pcdvq_struct_bytes(int64_t bytes[5]) {
+void pcdvq_struct_bytes(int64_t bytes[7]) {
   bytes[0] = sizeof(PcdvqLinear);
   bytes[1] = sizeof(PcdvqEmbedding);
   bytes[2] = sizeof(PcdvqMoe);
   bytes[3] = sizeof(PcdvqNearest);
   bytes[4] = sizeof(PcdvqTrellis);
+  bytes[5] = sizeof(PcdvqVptqSegment);
+  bytes[6] = sizeof(PcdvqVptq);
 }
 
 int32_t pcdvq_best_isa() {

@@ -83,6 +83,24 @@ struct Tiles {
   float* acc;  // [rows, kPanelRows, lanes]
 };
 
+// Vectors of eight rows that VPTQ products keep in registers for each token.
+constexpr int64_t kStripVectors = 4;
+constexpr int64_t kStripLanes = 8 * kStripVectors;
+
+// Row blocks of a strip: each takes one vector, or two if it has more than eight rows.
+inline int64_t strip_blocks(int64_t vector_len) { return vector_len > 8 ? 2 : 4; }
+
+// A strip of row blocks of a VPTQ segment, from `block` on, times all tokens.
+struct VptqStrip {
+  const PcdvqVptqSegment& segment;
+  int32_t table_dtype;
+  int64_t block, blocks;  // blocks: at most strip_blocks; the lanes of others are not defined
+  const float* x;         // [tokens, x_stride], the segment's first column first
+  int64_t x_stride, tokens;
+  float* panel;  // [kPanelColumns, kStripLanes], scratch
+  float* sums;   // [tokens, kStripLanes]
+};
+
 struct Kernels {
   int64_t lanes;  // floats of one accumulator of `accumulate`
 
@@ -118,6 +136,8 @@ struct Kernels {
   // Trellis codes of chains [first, first + count), at most 4 * lanes of them. Chain i is column
   // group i % groups of segment i / groups.
   void (*trellis)(const PcdvqTrellis& problem, int64_t first, int64_t count);
+
+  void (*vptq)(const VptqStrip& strip);
 };
 
 constexpr int64_t kNearestGroups = 256;

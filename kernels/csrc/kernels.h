@@ -7,13 +7,14 @@
 #include "rotate.h"
 #include "tile.h"
 #include "trellis.h"
+#include "vptq.h"
 
 namespace pcdvq {
 namespace {
 
 const Kernels kKernels = {
     Vec::kLanes, find_decoder, rotate, order_floats, quantize_int8, quantize_int16, to_floats,
-    to_int16, accumulate, accumulate_int, reduce, reduce_int, nearest, trellis,
+    to_int16, accumulate, accumulate_int, reduce, reduce_int, nearest, trellis, vptq,
 };
 
 }  // namespace

@@ -139,9 +139,34 @@ struct PcdvqTorch {
                      char* message, size_t message_size);
 };
 
+// Columns of a VPTQ weight that share tables. A code is `bits` bits of a row of codes, little-endian:
+// the number of a centroid, above it that of a residual.
+struct PcdvqVptqSegment {
+  const uint8_t* codes;  // [row blocks, row_bytes], 4 bytes or more past the codes of each row
+  const void* table;     // [centroids + residuals, vector_len], then 16 elements more
+  int64_t columns, row_bytes;
+  int64_t vector_len;     // rows of a row block, 1 to 16
+  int64_t index_bits;     // 2^index_bits centroids
+  int64_t residual_bits;  // 2^residual_bits residuals; 0: none
+};
+
+struct PcdvqVptq {
+  const void* x;           // x_dtype [m, k]
+  const int32_t* columns;  // [k]: column of x of each column of the segments, in [0, k)
+  const float* scale;      // [k], in the order of the segments
+  const float* shift;      // [k], in the order of x
+  const PcdvqVptqSegment* segments;
+  const void* bias;  // bias_dtype [n], or null
+  void* out;         // x_dtype [m, n]
+  int64_t m, n, k;
+  int64_t skip;  // rows of the first row blocks that are not part of the weight
+  int64_t segment_count;
+  int32_t x_dtype, table_dtype, bias_dtype, threads, isa;
+};
+
 // Bytes of each problem's struct above, from PcdvqLinear on: a caller made for another version of this
 // interface must not call it.
-PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[5]);
+PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[7]);
 
 // The best PcdvqIsa of this CPU.
 PCDVQ_API int32_t pcdvq_best_isa();
@@ -169,4 +194,7 @@ PCDVQ_API int32_t pcdvq_torch_register(const PcdvqTorch* torch);
 
 // Adds a layout that Python has found valid.
 PCDVQ_API void pcdvq_torch_accept(const PcdvqLinearShape* shape);
+
+// out = W (scale * x) + shift . x + bias, W of centroids plus residuals. Returns a PcdvqStatus.
+PCDVQ_API int32_t pcdvq_vptq(const PcdvqVptq* problem);
 }

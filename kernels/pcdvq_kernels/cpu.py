@@ -27,7 +27,7 @@ from pcdvq_kernels.errors import PCDVQError
 LIBRARY = Path(__file__).with_name("_cpu.so")
 ISAS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY = 1
 _BAD_ID = 3
 
@@ -38,6 +38,9 @@ _LINEAR = struct.Struct("7P13q4i")
 _EMBEDDING = struct.Struct("6P13q3i4x")
 # PcdvqMoe, with its two PcdvqExperts.
 _MOE = struct.Struct("5P3q" + 2 * "3P12q" + "3i4x")
+# PcdvqVptqSegment and PcdvqVptq; `vptq.cpu` calls those.
+VPTQ_SEGMENT = struct.Struct("2P5q")
+VPTQ = struct.Struct("7P5q5i4x")
 
 
 class _Nearest(ctypes.Structure):
@@ -74,6 +77,8 @@ def _library() -> ctypes.CDLL | str:
         _MOE.size,
         ctypes.sizeof(_Nearest),
         ctypes.sizeof(_Trellis),
+        VPTQ_SEGMENT.size,
+        VPTQ.size,
     ]:
         return f"{LIBRARY.name} was built from other sources than this version's"
     library.pcdvq_linear.argtypes = (ctypes.c_char_p,)
@@ -81,6 +86,7 @@ def _library() -> ctypes.CDLL | str:
     library.pcdvq_moe.argtypes = (ctypes.c_char_p,)
     library.pcdvq_nearest.argtypes = (ctypes.POINTER(_Nearest),)
     library.pcdvq_trellis.argtypes = (ctypes.POINTER(_Trellis),)
+    library.pcdvq_vptq.argtypes = (ctypes.c_char_p,)
     return library
 
 
@@ -88,7 +94,7 @@ def _struct_bytes(library: ctypes.CDLL) -> list[int] | None:
     """Sizes of the library's structs; None if it is older than the function that tells them."""
     if not hasattr(library, "pcdvq_struct_bytes"):
         return None
-    sizes = (ctypes.c_int64 * 5)()
+    sizes = (ctypes.c_int64 * 7)()
     library.pcdvq_struct_bytes(sizes)
     return list(sizes)
 
@@ -113,30 +119,30 @@ def isas() -> list[str]:
     return [name for name, number in ISAS.items() if 0 < number <= best]
 
 
-def _isa_number(isa: str) -> int:
+def isa_number(isa: str) -> int:
     if isa not in ISAS or (isa != "auto" and isa not in isas()):
         raise PCDVQError(f"isa {isa!r} is not available here; choose from {['auto', *isas()]}")
     return ISAS[isa]
 
 
-def library() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     """The compiled library.
 
     Raises:
         PCDVQError: it is not installed or cannot be loaded.
     """
-    loaded = _library()
-    if isinstance(loaded, str):
+    library = _library()
+    if isinstance(library, str):
         raise PCDVQError(unavailable_message())
-    return loaded
+    return library
 
 
-def _check_device(x: Tensor) -> None:
+def check_device(x: Tensor) -> None:
     if not x.is_cpu:
         raise PCDVQError(f"x is on {x.device}; the CPU kernels need CPU tensors")
 
 
-def _raise_status(status: int, what: str) -> NoReturn:
+def raise_status(status: int, what: str) -> NoReturn:
     if status == _NO_MEMORY:
         raise MemoryError(f"no memory for the scratch of {what}")
     raise RuntimeError(f"{what} failed with status {status}")
@@ -165,9 +171,9 @@ def linear(
     Raises:
         PCDVQError: arguments that do not fit together, or an unavailable `isa`.
     """
-    kernels = library()
+    library = loaded()
     fields, row_bytes, _ = check_linear(x, qweight, row_scale, signs_in, codewords, bias, layout)
-    _check_device(x)
+    check_device(x)
     leading, k, n = x.shape[:-1], x.shape[-1], qweight.shape[0]
     x = x.contiguous()
     if out is None:
@@ -179,7 +185,7 @@ def linear(
     if bias is not None and bias.dtype not in ACTIVATION_DTYPES:
         bias = bias.float()
     m = x.numel() // k
-    status = kernels.pcdvq_linear(
+    status = library.pcdvq_linear(
         _LINEAR.pack(
             x.data_ptr(),
             qweight.data_ptr(),
@@ -190,14 +196,14 @@ def linear(
             out.data_ptr(),
             *(m, n, k, row_bytes),
             *fields,
-            _DTYPES[x.dtype],
-            0 if bias is None else _DTYPES[bias.dtype],
+            DTYPES[x.dtype],
+            0 if bias is None else DTYPES[bias.dtype],
             torch.get_num_threads(),
-            0 if isa == "auto" else _isa_number(isa),
+            0 if isa == "auto" else isa_number(isa),
         )
     )
     if status:
-        _raise_status(status, f"pcdvq::linear [{m}, {k}] x [{n}, {k}]")
+        raise_status(status, f"pcdvq::linear [{m}, {k}] x [{n}, {k}]")
     return out
 
 
@@ -221,15 +227,15 @@ def embedding(
         PCDVQError: an id that is no row, other arguments that do not fit together, or an
             unavailable `isa`.
     """
-    kernels = library()
+    library = loaded()
     fields, row_bytes, _ = check_embedding(
         ids, qweight, row_scale, signs_in, codewords, layout, dtype
     )
-    _check_device(ids)
+    check_device(ids)
     n, k = qweight.shape[0], 8 * signs_in.numel()
     ids = ids.long().contiguous()
     out = torch.empty((*ids.shape, k), dtype=dtype)
-    status = kernels.pcdvq_embedding(
+    status = library.pcdvq_embedding(
         _EMBEDDING.pack(
             ids.data_ptr(),
             qweight.data_ptr(),
@@ -239,15 +245,15 @@ def embedding(
             out.data_ptr(),
             *(ids.numel(), n, k, row_bytes),
             *fields,
-            _DTYPES[dtype],
+            DTYPES[dtype],
             torch.get_num_threads(),
-            0 if isa == "auto" else _isa_number(isa),
+            0 if isa == "auto" else isa_number(isa),
         )
     )
     if status == _BAD_ID:
         check_ids(ids, n)
     if status:
-        _raise_status(status, f"pcdvq::embedding {list(ids.shape)} of [{n}, {k}]")
+        raise_status(status, f"pcdvq::embedding {list(ids.shape)} of [{n}, {k}]")
     return out
 
 
@@ -273,14 +279,14 @@ def moe(
     Raises:
         PCDVQError: arguments that do not fit together, or an unavailable `isa`.
     """
-    kernels = library()
+    library = loaded()
     shapes = check_moe(
         x, topk_weights, topk_ids, gate_up, down, codewords, gate_up_layout, down_layout
     )
-    _check_device(x)
+    check_device(x)
     x, ids, weights = x.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
     out = torch.empty_like(x)
-    status = kernels.pcdvq_moe(
+    status = library.pcdvq_moe(
         _MOE.pack(
             x.data_ptr(),
             ids.data_ptr(),
@@ -290,13 +296,13 @@ def moe(
             *(*ids.shape, len(gate_up[0])),
             *_experts(gate_up, shapes[0]),
             *_experts(down, shapes[1]),
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             torch.get_num_threads(),
-            0 if isa == "auto" else _isa_number(isa),
+            0 if isa == "auto" else isa_number(isa),
         )
     )
     if status:
-        _raise_status(status, f"pcdvq::moe of {list(ids.shape)} experts for {list(x.shape)}")
+        raise_status(status, f"pcdvq::moe of {list(ids.shape)} experts for {list(x.shape)}")
     return out
 
 
@@ -322,12 +328,12 @@ def nearest(x: Tensor, codewords: Tensor, bias: Tensor, *, isa: str = "auto") ->
     Raises:
         PCDVQError: other dtypes, shapes or devices.
     """
-    kernels = library()
+    library = loaded()
     check_nearest(x, codewords, bias)
-    _check_device(x)
+    check_device(x)
     x, codewords, bias = x.contiguous(), codewords.contiguous(), bias.contiguous()
     out = torch.empty(x.shape[0], dtype=torch.int32)
-    status = kernels.pcdvq_nearest(
+    status = library.pcdvq_nearest(
         _Nearest(
             x.data_ptr(),
             codewords.data_ptr(),
@@ -337,11 +343,11 @@ def nearest(x: Tensor, codewords: Tensor, bias: Tensor, *, isa: str = "auto") ->
             codewords.shape[0],
             x.shape[1],
             torch.get_num_threads(),
-            _isa_number(isa),
+            isa_number(isa),
         )
     )
     if status:
-        _raise_status(status, "nearest codeword")
+        raise_status(status, "nearest codeword")
     return out
 
 
@@ -355,13 +361,13 @@ def trellis(
     isa: str = "auto",
 ) -> Tensor:
     """`trellis_codes` on the CPU; `isa` is "auto" or one of `isas()`."""
-    kernels = library()
+    library = loaded()
     field_bits = check_trellis(x, row_weight, codewords, parity, state_bits)
-    _check_device(x)
+    check_device(x)
     x, row_weight, codewords = x.contiguous(), row_weight.contiguous(), codewords.contiguous()
     bias = codewords.square().sum(1) / 2
     out = torch.empty(x.shape[:2], dtype=torch.int32)
-    status = kernels.pcdvq_trellis(
+    status = library.pcdvq_trellis(
         _Trellis(
             x.data_ptr(),
             row_weight.data_ptr(),
@@ -375,9 +381,9 @@ def trellis(
             field_bits,
             state_bits,
             torch.get_num_threads(),
-            _isa_number(isa),
+            isa_number(isa),
         )
     )
     if status:
-        _raise_status(status, "trellis search")
+        raise_status(status, "trellis search")
     return out

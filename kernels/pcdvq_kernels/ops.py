@@ -253,4 +253,4 @@ torch.library.register_fake("pcdvq::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("pcdvq::embedding", _embedding_fake, lib=_LIBRARY)
 torch.library.register_fake("pcdvq::moe", _moe_fake, lib=_LIBRARY)
 if cpu.available() and not prepacks(torch.device("cpu")):
-    torch_op.register(cpu.library(), linear)
+    torch_op.register(cpu.loaded(), linear)

@@ -115,4 +115,4 @@ def test_nothing_leaks(bias):
 
 def test_torch_without_the_interface(monkeypatch):
     monkeypatch.setattr(torch_op, "_FUNCTIONS", ("no_such_function",))
-    assert not torch_op.register(cpu.library(), ops.linear)
+    assert not torch_op.register(cpu.loaded(), ops.linear)

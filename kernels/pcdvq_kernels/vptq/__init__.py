@@ -1,0 +1,1 @@
+"""VPTQ weights (arXiv 2409.17066), as published checkpoints store them: format and kernels."""

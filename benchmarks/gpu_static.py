@@ -21,7 +21,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 from pcdvq_kernels.arguments import LayoutFields
-from pcdvq_kernels.triton import dequantize, hadamard, linear, moe
+from pcdvq_kernels.triton import dequantize, hadamard, linear, moe, vptq
 from pcdvq_kernels.triton.format import Format, format_of
 from pcdvq_kernels.triton.tuning import MOST_REGISTERS, Device, m_tile_for
 from triton.backends.compiler import GPUTarget
@@ -199,6 +199,28 @@ def sum_kernel() -> Kernel:
     )
 
 
+def vptq_kernel(length: int, residual_bits: int) -> Kernel:
+    sizes = ("M", "N", "skip", "K", "start", "stride", "row_words", "split_columns")
+    tensors = {"x": "*fp32", "words": "*i32", "table": "*bf16", "out": "*fp32"}
+    constants = {
+        "BLOCKS": vptq.TILE_ROWS // length,
+        "LENGTH": length,
+        "PADDED": length,
+        "INDEX_BITS": 16,
+        "RESIDUAL_BITS": residual_bits,
+        "COLUMNS": vptq.TILE_COLUMNS,
+        "TOKENS": vptq.TILE_TOKENS,
+    }
+    return Kernel(
+        f"vptq v{length}, {residual_bits} residual bits",
+        "",
+        vptq.vptq_kernel,
+        {**tensors, **dict.fromkeys(sizes, "i32")},
+        constants,
+        vptq.WARPS,
+    )
+
+
 def all_kernels(target: str) -> list[Kernel]:
     """Every kernel that serves on `target`, the products for every codec."""
     device = Device("", target, 1)
@@ -213,6 +235,7 @@ def all_kernels(target: str) -> list[Kernel]:
         *dense_kernels("trellis-2.25"),
         *rotations,
         sum_kernel(),
+        *(vptq_kernel(length, bits) for length, bits in ((8, 0), (8, 8), (16, 16))),
     ]
 
 

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
 )
+from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_pcdvq.loading import BIAS, LayerLoad, ShardId
 
@@ -169,7 +170,7 @@ class VPTQLinearMethod(LinearMethodBase):
             for key, spec in source.layout.tensors().items():
                 dtype = params_dtype if params_dtype in spec.dtypes else spec.dtypes[0]
                 param = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-                param.vptq_tensor, param.weight_loader = key, loader
+                set_weight_attrs(param, {"vptq_tensor": key, "weight_loader": loader})
                 layer.register_parameter(key, param)
 
     def _sources(
@@ -237,7 +238,7 @@ class VPTQLinearMethod(LinearMethodBase):
 
 
 def load_tensor(
-    layer: LinearBase, param: Parameter, loaded_weight: Tensor, loaded_shard_id: ShardId = None
+    layer: LinearBase, param: Any, loaded_weight: Tensor, loaded_shard_id: ShardId = None
 ) -> None:
     """Load one tensor of the checkpoint into a VPTQ layer.
 
@@ -252,13 +253,14 @@ def load_tensor(
     """
     load: LayerLoad = layer.pcdvq_load
     slots = load.slots_of(loaded_shard_id)
+    key = param.vptq_tensor
     source = next((each for each in layer.vptq_sources if each.slots == slots), None)
     if source is None:
         raise CheckpointError(
-            f"tensor {load.name}.{param.vptq_tensor} is of parts {slots}, the quantization_config "
+            f"tensor {load.name}.{key} is of parts {slots}, the quantization_config "
             f"has {', '.join(each.name for each in layer.vptq_sources)}. {REMEDY}"
         )
-    source.add(param.vptq_tensor, loaded_weight, param.device)
+    source.add(key, loaded_weight, param.device)
 
 
 def rows_of_rank(

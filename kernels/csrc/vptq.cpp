@@ -27,8 +27,8 @@ struct Vptq {
   // Activations of token t as the segments' factors, and their product with `shift`.
   float prepare(int64_t t, float* x) const {
     float shifted = 0;
-    for (int64_t c = 0; c < p.k; ++c) shifted += p.shift[c] * load_element(p.x, p.x_dtype, t * p.k + c);
     for (int64_t c = 0; c < p.k; ++c) {
+      shifted += p.shift[c] * load_element(p.x, p.x_dtype, t * p.k + c);
       x[c] = p.scale[c] * load_element(p.x, p.x_dtype, t * p.k + p.columns[c]);
     }
     return shifted;

@@ -9,7 +9,8 @@
 namespace pcdvq {
 namespace {
 
-constexpr int64_t kRunColumns = 64;  // between prefetches
+constexpr int64_t kRunColumns = 64;  // between prefetches of codes
+constexpr int64_t kTableAhead = 8;   // columns between the prefetch of a table's row and its use
 
 // The vectors of a strip, from the codes. BITS of a code: 16, 24 or 32 with 65536 centroids, or 0 for
 // any other layout.
@@ -60,10 +61,25 @@ struct Coded {
     }
   }
 
+  // Fetches the table's rows for a later column: with two of them in flight for each code, too few
+  // codes are. 256 residuals stay in the cache.
+  void prefetch_table(const uint8_t* row, int64_t column) const {
+    uint64_t centroid, residual = 0;
+    find(row, smaller(column + kTableAhead, s.columns - 1), &centroid, &residual);
+    constexpr int64_t kBytes = DTYPE == PCDVQ_F32 ? 4 : 2;
+    const auto* table = static_cast<const char*>(s.table);
+    __builtin_prefetch(table + int64_t(centroid) * length * kBytes);
+    if (BITS != 24) {
+      __builtin_prefetch(table + (residuals + int64_t(residual) * length) * kBytes);
+    }
+  }
+
   // Vector v of a column.
   Vec8 operator()(int64_t column, int v) const {
+    const uint8_t* row = rows[LONG ? v / 2 : v];
     uint64_t centroid, residual = 0;
-    find(rows[LONG ? v / 2 : v], column, &centroid, &residual);
+    if (has_residual() && !(LONG && v % 2)) prefetch_table(row, column);
+    find(row, column, &centroid, &residual);
     const int64_t half = LONG ? v % 2 * 8 : 0;
     const Vec8 w = Vec8::load_converted(s.table, DTYPE, int64_t(centroid) * length + half);
     if (!has_residual()) return w;

@@ -16,7 +16,15 @@ import torch
 from linear_cases import SPECS, Case, random_case
 from pcdvq_kernels import cpu
 from pcdvq_kernels.arguments import ACTIVATIONS
+from pcdvq_kernels.vptq import cpu as vptq
+from pcdvq_kernels.vptq import ops
+from pcdvq_kernels.vptq.weight import pack_tables, pack_weight
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vptq_layers import CASES as VPTQ_CASES
+from vptq_layers import random_layer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (M, N, K): rows of activations on every path, whole and cut panels, segments and units.
@@ -87,11 +95,26 @@ def call_searches(isa: str) -> int:
     return calls
 
 
+def call_vptq(isa: str) -> int:
+    """VPTQ products, then with codes of ones alone; returns the number of calls."""
+    for changes in VPTQ_CASES.values():
+        layout, tensors = random_layer(37, 98, **changes)
+        tables = pack_tables(layout, tensors, torch.device("cpu"))
+        weight = pack_weight(layout, tensors, tables, range(5, 37))
+        for m in (1, 2, 7):
+            args = torch.randn(m, 98), *weight.args(), None
+            vptq.linear(*args, ops.check(*args, weight.layout), isa=isa)
+            for codes in weight.codes:
+                codes.fill_(255)
+    return 3 * len(VPTQ_CASES)
+
+
 def main() -> None:
     cpu.LIBRARY = Path(sys.argv[1])
     assert cpu.available(), cpu.unavailable_message()
     for isa in cpu.isas():
-        calls = sum(call_layers(isa, codec) for codec in SPECS) + call_searches(isa)
+        calls = sum(call_layers(isa, codec) for codec in SPECS)
+        calls += call_searches(isa) + call_vptq(isa)
         print(f"{isa}: {calls} calls", flush=True)
 
 

@@ -107,18 +107,18 @@ def test_dequantizes_as_the_vptq_package() -> None:
 
 
 @needs_library
-@all_isas
 @all_cases
 @pytest.mark.parametrize("k", [576, 1536, 896, 4864])
-def test_matches_reference(isa: str, case: str, k: int) -> None:
+def test_matches_reference(case: str, k: int) -> None:
     layout, tensors = layer(case, 37, k)
     weight, dense = packed(layout, tensors), dequantize(layout, tensors)
     x = torch.randn(33, k)
     bias = None if k == 576 else torch.randn(37)
     expected = product(x, dense, bias)
-    for m in (1, 2, 17, 33) if k < 1000 else (1, 17):
-        y = run(weight, x[:m], bias, isa)
-        torch.testing.assert_close(y, expected[:m], rtol=0, atol=limit(dense, x))
+    for isa in cpu.isas() if k == 576 else cpu.isas()[-1:]:
+        for m in (1, 2, 17, 33):
+            y = run(weight, x[:m], bias, isa)
+            torch.testing.assert_close(y, expected[:m], rtol=0, atol=limit(dense, x))
 
 
 @needs_library
@@ -180,7 +180,7 @@ def test_parts_add_up(case: str) -> None:
 @all_cases
 def test_memory(case: str) -> None:
     """At most 15 % over the tensors on disk."""
-    layout, tensors = layer(case, 4096, 1024)
+    layout, tensors = layer(case, 4096, 512)
     weight = packed(layout, tensors)
     served = [weight.columns, weight.scale, weight.shift, *weight.codes, *weight.tables]
     stored = sum(tensor.nbytes for tensor in tensors.values())

@@ -53,7 +53,9 @@ def check_values(layout: VPTQLayout, tensors: dict[str, Tensor], name: str) -> N
             )
 
 
-def pack_tables(layout: VPTQLayout, tensors: dict[str, Tensor], device: torch.device) -> list:
+def pack_tables(
+    layout: VPTQLayout, tensors: dict[str, Tensor], device: torch.device
+) -> list[Tensor]:
     """The table of each of `layout.segments()`: [rows * vector_len + TABLE_SLACK] on `device`."""
     parts = []
     if layout.outliers:
@@ -95,7 +97,8 @@ def pack_weight(
     first = rows.start // (align := lcm(*(s.vector_len for s in segments))) * align
     perm = permutation(layout, tensors)
     device = tables[0].device
-    fields, kept_columns, kept_codes, kept_tables, start = [], [], [], [], 0
+    fields: list[int] = []
+    kept_columns, kept_codes, kept_tables, start = [], [], [], 0
     for index, (segment, table) in enumerate(zip(segments, tables, strict=True)):
         order = perm[start : start + segment.columns]
         start += segment.columns

@@ -11,7 +11,7 @@ def pack_codes(codes: Tensor, code_bits: int) -> Tensor:
 
     Args:
         codes: int64 [N, groups], each in [0, 2 ** code_bits).
-        code_bits: bits of one code, at most 24.
+        code_bits: bits of one code, at most 32.
 
     Returns:
         uint8 [N, ceil(groups * code_bits / 8)].

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from linear_cases import SPECS, Case, random_case, random_codebook
+from linear_cases import SPECS, Case, random_case
 from pcdvq_kernels import cpu, pyramid
 from pcdvq_kernels.codebook import Codebook
 from pcdvq_kernels.config import CodebookSpec
@@ -30,7 +30,8 @@ SPEC = CodebookSpec(
 MAGNITUDES = torch.tensor([30, 61, 128], dtype=torch.uint8)
 NO_DIRECTIONS = torch.empty(0, 8, dtype=torch.int8)
 BOOK = Codebook(SPEC, NO_DIRECTIONS, MAGNITUDES)
-PYRAMIDS = [codec for codec, spec in SPECS.items() if spec.pulses]
+LARGEST = SPEC.model_copy(update={"pattern_bits": 32, "pulses": (1, pyramid.MOST_PULSES)})
+PYRAMIDS = {codec: spec for codec, spec in SPECS.items() if spec.pulses} | {"largest": LARGEST}
 
 
 @cache
@@ -110,10 +111,10 @@ def test_every_point_has_a_code_of_its_own(pulses: int) -> None:
     assert len(codes.unique()) == len(points)
 
 
-@pytest.mark.parametrize("codec", PYRAMIDS)
-def test_encoding_inverts_decoding(codec: str) -> None:
+@pytest.mark.parametrize("layout", PYRAMIDS.values(), ids=PYRAMIDS)
+def test_encoding_inverts_decoding(layout: CodebookSpec) -> None:
     """For points of every range, sampled, at the magnitude 1."""
-    spec = SPECS[codec].model_copy(update={"shift": 0})
+    spec = layout.model_copy(update={"shift": 0})
     ones = torch.ones(len(spec.pulses), dtype=torch.uint8)
     book = Codebook(spec, NO_DIRECTIONS, ones)
     ranges, _ = pyramid.make_ranges(spec.pulses, spec.code_bits)
@@ -127,19 +128,20 @@ def test_encoding_inverts_decoding(codec: str) -> None:
 
 
 @pytest.mark.parametrize("isa", cpu.isas())
-@pytest.mark.parametrize("codec", PYRAMIDS)
-def test_kernels_at_the_edges_of_ranges(isa: str, codec: str) -> None:
-    book, codewords = random_codebook(codec)
-    codes = edge_codes(book.spec)
+@pytest.mark.parametrize("spec", PYRAMIDS.values(), ids=PYRAMIDS)
+def test_kernels_at_the_edges_of_ranges(isa: str, spec: CodebookSpec) -> None:
+    magnitudes = torch.arange(1, len(spec.pulses) + 1, dtype=torch.uint8) * 9
+    book = Codebook(spec, NO_DIRECTIONS, magnitudes)
+    codes = edge_codes(spec)
     codes = torch.cat([codes, codes[: -len(codes) % 16]]).view(1, -1)
     k = 8 * codes.shape[1]
     case = Case(
         x=torch.zeros(1, k),
-        qweight=pack_codes(codes, book.spec.code_bits),
+        qweight=pack_codes(codes, spec.code_bits),
         row_scale=torch.ones(1),
         signs_in=torch.zeros(k // 8, dtype=torch.uint8),
         codebook=book,
-        codewords=codewords,
+        codewords=book.codewords(),
         block=1,
     )
     found = cpu.embedding(*case.embedding_args(torch.tensor([0])), isa=isa)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pcdvq_kernels.codebook import MAX_LEVEL
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.packing import pack_codes, unpack_codes
 from pcdvq_quantizer import codebooks
@@ -28,7 +29,7 @@ EXPECTED_ERROR = {
     ("pvq", 2.25): 0.0711,
     ("pvq", 3.0): 0.0260,
     ("pvq", 3.25): 0.0189,
-    ("pvq", 4.0): 0.0066,
+    ("pvq", 4.0): 0.0068,
     ("int8", 8.0): 0.0000884,
 }
 TOLERANCE = 1.02
@@ -70,6 +71,9 @@ def test_encoding_a_codeword_finds_it(codec: str, bits: float) -> None:
         assert torch.cosine_similarity(levels, again).min() > 0.99
         return
     levels = named.codebook.decode(codes)
+    if spec.pulses:
+        # A level that was cut is not its point's own.
+        levels = levels[levels.abs().amax(-1) < MAX_LEVEL].unsqueeze(0)
     assert torch.equal(named.codebook.decode(named.encoder.encode(levels.float())), levels)
     assert torch.equal(unpack_codes(pack_codes(codes, spec.code_bits), spec.code_bits, 100), codes)
 

@@ -6,23 +6,11 @@
 
 #include "isa.h"
 #include "numeric.h"
+#include "pyramid.h"
 #include "sign_masks.h"
 
 namespace pcdvq {
 namespace {
-
-// Codes of a weight row and, for its states, of the row above; `keep` is 0 where a segment starts
-// and all ones elsewhere.
-struct Row {
-  const uint8_t* codes;
-  const uint8_t* above;
-  uint64_t keep;
-};
-
-inline Row weight_row(const Weights& w, int64_t row) {
-  const uint8_t* codes = w.qweight + row * w.row_bytes;
-  return row % kSegmentRows ? Row{codes, codes - w.row_bytes, ~uint64_t(0)} : Row{codes, codes, 0};
-}
 
 // STATES: there are states or rotations, or both.
 template <int DIM, bool SIGNS, bool PARITY, bool STATES>
@@ -171,6 +159,7 @@ Decoder generic_decoder(const PcdvqLayout& layout) {
 Decoder find_decoder(const PcdvqLayout& layout) {
   Decoder decoder;
   if (find_offered(layout, &decoder)) return decoder;
+  if (layout.pyramid_rows) return {decode<PyramidCodec>, nullptr, nullptr, nullptr};
   return layout.vector_dim == 8   ? generic_decoder<8>(layout)
          : layout.vector_dim == 4 ? generic_decoder<4>(layout)
          : layout.vector_dim == 2 ? generic_decoder<2>(layout)

@@ -12,6 +12,7 @@ struct NoStates {};
 struct Int8 {
   static constexpr int kPieces = 1;
   static constexpr int kVectors = kUnitVectors;
+  static constexpr bool kRowsFirst = false;
   static constexpr int kUnitBytes = 128;
   using States = NoStates;
 
@@ -21,7 +22,7 @@ struct Int8 {
   struct Unit {
     const uint8_t* codes;
 
-    PCDVQ_INLINE void load(const uint8_t* unit, int, States&) { codes = unit; }
+    PCDVQ_INLINE void load(const int8_t*, const uint8_t* unit, int, States&) { codes = unit; }
 
     PCDVQ_INLINE Bytes signed_levels(const int8_t*, int v) const {
       const uint8_t* run = codes + 16 * v;
@@ -35,6 +36,7 @@ template <int CODE_BITS>
 struct Rows8 {
   static constexpr int kPieces = 1;
   static constexpr int kVectors = kUnitVectors;
+  static constexpr bool kRowsFirst = false;
   static constexpr int kHalfBytes = CODE_BITS;  // 8 codes
   static constexpr int kUnitBytes = 2 * kHalfBytes;
   using States = NoStates;
@@ -45,7 +47,7 @@ struct Rows8 {
   struct Unit {
     const uint8_t* codes;
 
-    PCDVQ_INLINE void load(const uint8_t* unit, int, States&) { codes = unit; }
+    PCDVQ_INLINE void load(const int8_t*, const uint8_t* unit, int, States&) { codes = unit; }
 
     // The row of code `i` of a half, from a word that ends inside of the half.
     static PCDVQ_INLINE const int8_t* row(const int8_t* table, const uint8_t* half, int i) {

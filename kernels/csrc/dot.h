@@ -3,6 +3,7 @@
 #pragma once
 
 #include "direct.h"
+#include "pyramid_avx2.h"
 
 namespace pcdvq {
 namespace {
@@ -35,7 +36,7 @@ PCDVQ_INLINE void decode_unit(const int8_t* table, const uint8_t* codes, int64_t
   for (int64_t r = 0; r < rows; ++r, codes += row_bytes, levels += kPanelColumns) {
     if ((row + r) % kSegmentRows == 0) states = L::no_states();
     typename L::Unit unit;
-    for (int i = 0; i < L::kPieces; ++i) unit.load(codes, i, states);
+    for (int i = 0; i < L::kPieces; ++i) unit.load(table, codes, i, states);
     for (int v = 0; v < kUnitVectors; ++v) {
       const Bytes vector = unit.signed_levels(table, v);
       _mm256_storeu_si256(reinterpret_cast<Bytes*>(levels + 32 * v), vector);
@@ -78,7 +79,7 @@ PCDVQ_INLINE void dot_units(const int8_t* table, const uint8_t* codes, int64_t r
     for (int piece = 0; piece < L::kPieces; ++piece) {
       for (int r = 0; r < ROWS; ++r) {
         if (piece == 0) __builtin_prefetch(codes + (r + ROWS) * row_bytes);
-        unit[r].load(codes + r * row_bytes, piece, states);
+        unit[r].load(table, codes + r * row_bytes, piece, states);
       }
 #pragma GCC unroll 4
       for (int v = piece * L::kVectors; v < (piece + 1) * L::kVectors; ++v, levels_x += 64) {
@@ -133,14 +134,20 @@ PCDVQ_INLINE void dots_units(const int8_t* table, const uint8_t* codes, int64_t 
   const int16_t* levels_x = x.levels;
   for (int64_t u = 0; u < units; ++u, codes += L::kUnitBytes, levels_x += 128 * X_ROWS) {
     typename L::States states = states_above<L>(codes, row_bytes, row);
+    typename L::Unit loaded[L::kRowsFirst ? 4 : 1];
+    for (int64_t r = 0; L::kRowsFirst && r < rows; ++r) {
+      loaded[r].load(table, codes + r * row_bytes, 0, states);
+    }
     for (int64_t r = 0; r < rows; ++r) {
-      typename L::Unit unit;
+      typename L::Unit& unit = loaded[L::kRowsFirst ? r : 0];
       Words total[X_ROWS] = {};
       for (int byte = 0; byte < L::kUnitBytes; byte += 64) {
         __builtin_prefetch(codes + (r + 4) * row_bytes + byte);
       }
 #pragma GCC unroll 2
-      for (int i = 0; i < L::kPieces; ++i) unit.load(codes + r * row_bytes, i, states);
+      for (int i = 0; i < L::kPieces && !L::kRowsFirst; ++i) {
+        unit.load(table, codes + r * row_bytes, i, states);
+      }
 #pragma GCC unroll 4
       for (int v = 0; v < kUnitVectors; ++v) {
         const Bytes levels = unit.signed_levels(table, v);
@@ -199,6 +206,14 @@ bool match_lookup(const PcdvqLayout& layout, Decoder* decoder) {
   return same;
 }
 
+template <int CODE_BITS>
+bool match_pyramids(const PcdvqLayout& layout, Decoder* decoder) {
+  using L = Pyramids<CODE_BITS>;
+  const bool same = layout.pyramid_rows && layout.pattern_bits == CODE_BITS;
+  if (same) *decoder = {decode_units<L>, nullptr, dots<L>, nullptr};
+  return same;
+}
+
 template <int DIM, int CODE_BITS, class L>
 bool match_direct(const PcdvqLayout& layout, Decoder* decoder) {
   const bool same = layout.vector_dim == DIM && !layout.sign_bits &&
@@ -209,6 +224,10 @@ bool match_direct(const PcdvqLayout& layout, Decoder* decoder) {
 
 // The offered layouts.
 bool find_offered(const PcdvqLayout& layout, Decoder* decoder) {
+  if (layout.pyramid_rows) {
+    return match_pyramids<24>(layout, decoder) || match_pyramids<26>(layout, decoder) ||
+           match_pyramids<32>(layout, decoder);
+  }
   return match_lookup<8, 16, true>(layout, decoder) || match_lookup<8, 18, true>(layout, decoder) ||
          match_lookup<4, 12, true>(layout, decoder) ||
          match_lookup<4, 16, false>(layout, decoder) ||

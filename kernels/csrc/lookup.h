@@ -63,6 +63,8 @@ struct Lookup {
   static constexpr int kCodes = kWide ? 8 : 16;            // in a piece
   static constexpr int piece_byte(int piece) { return piece ? kHalfBytes - 16 : 0; }
 
+  static constexpr bool kRowsFirst = false;  // `dots` loads units of all rows before it uses any
+
   struct Constants {
     alignas(32) uint8_t sign_byte[kUnitVectors][32];  // of a piece, where a level's sign bit is
     alignas(32) uint8_t sign_bit[kUnitVectors][32];
@@ -189,7 +191,7 @@ struct Lookup {
     alignas(32) Offset offsets[kPieces][kCodes];
 
     // Piece `i`. `states` are of the row above, and then of this row.
-    PCDVQ_INLINE void load(const uint8_t* unit, int i, States& all) {
+    PCDVQ_INLINE void load(const int8_t*, const uint8_t* unit, int i, States& all) {
       bytes[i] = load_piece(unit, i);
       const Bytes c = codes(bytes[i], i);
       const Bytes at = _mm256_or_si256(Lookup::offsets(c), all.of_piece[i]);

@@ -1,5 +1,6 @@
 // C interface of the CPU kernels (FORMAT.md defines the weight). Callers validate: every pointer,
-// shape and layout here is trusted, except the contents of the tensors.
+// shape and layout here is trusted, and so are tables of pyramid codes (pcdvq_kernels/pyramid.py);
+// the contents of other tensors are not.
 #pragma once
 
 #include <cstddef>
@@ -38,7 +39,8 @@ struct PcdvqLayout {
   int64_t magnitude_bits;
   int64_t rotation_bits;
   int64_t state_bits;
-  int64_t activations;  // a PcdvqActivations
+  int64_t activations;   // a PcdvqActivations
+  int64_t pyramid_rows;  // of the codewords, where they are tables of pyramid codes, else 0
 };
 
 struct PcdvqLinear {

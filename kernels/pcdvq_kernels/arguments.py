@@ -9,10 +9,15 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pcdvq_kernels.config import DEFAULT_ACTIVATIONS, Activations
+from pcdvq_kernels import pyramid
+from pcdvq_kernels.config import (
+    DEFAULT_ACTIVATIONS,
+    MAX_CODE_BITS,
+    MAX_PATTERN_BITS,
+    Activations,
+)
 from pcdvq_kernels.errors import PCDVQError
 
-MAX_CODE_BITS = 24
 MAX_STATE_BITS = 4
 INT8_FIELDS = (1, 0, 0, 8, 0, 0, 0)  # of a layout whose codes are the levels
 # By their number in a layout.
@@ -32,6 +37,7 @@ class LayoutFields(NamedTuple):
     rotation_bits: int
     state_bits: int
     activations: int = ACTIVATIONS.index(DEFAULT_ACTIVATIONS)
+    pyramid_rows: int = 0  # of the codewords, where they are `pyramid.make_tables`
 
     @property
     def code_bits(self) -> int:
@@ -39,6 +45,8 @@ class LayoutFields(NamedTuple):
 
     @property
     def codeword_count(self) -> int:
+        if self.pyramid_rows:
+            return self.pyramid_rows
         fields = self.state_bits + self.pattern_bits - self.rotation_bits + self.magnitude_bits
         return 1 << (fields + self.parity)
 
@@ -68,9 +76,13 @@ def linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
         "sign_bits must be 0 or vector_dim": fields.sign_bits not in (0, fields.vector_dim),
         "parity must be 0, or 1 with sign bits": fields.parity not in (0, 1)
         or fields.parity > fields.sign_bits,
-        "pattern_bits must be in [1, 16]": not 1 <= fields.pattern_bits <= 16,
+        f"pattern_bits must be in [1, {MAX_PATTERN_BITS}]": not fields.pyramid_rows
+        and not 1 <= fields.pattern_bits <= MAX_PATTERN_BITS,
         "magnitude_bits must be in [0, 4]": not 0 <= fields.magnitude_bits <= 4,
-        f"code bits must be at most {MAX_CODE_BITS}": fields.code_bits > MAX_CODE_BITS,
+        f"code bits must be at most {MAX_CODE_BITS}": not fields.pyramid_rows
+        and fields.code_bits > MAX_CODE_BITS,
+        "pyramid_rows must be 0, or positive beside 12 to 32 pattern bits": fields.pyramid_rows != 0
+        and not _fits_pyramid(fields),
         "rotation_bits must be 0 or those of vector_dim": fields.rotation_bits != 0
         and 1 << fields.rotation_bits != fields.vector_dim,
         "state_bits must be in [0, 4]": not 0 <= fields.state_bits <= MAX_STATE_BITS,
@@ -94,6 +106,16 @@ def linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
         )
     row_bytes = -(-(in_features // fields.vector_dim) * fields.code_bits // 8)
     return LinearShape(fields, row_bytes, (fields.codeword_count, fields.vector_dim))
+
+
+def _fits_pyramid(fields: LayoutFields) -> bool:
+    others = fields[2:4] + fields[5:8]
+    return (
+        fields.pyramid_rows > 0
+        and fields.vector_dim == pyramid.DIM
+        and not any(others)
+        and pyramid.MIN_CODE_BITS <= fields.pattern_bits <= pyramid.MAX_CODE_BITS
+    )
 
 
 def check_linear(

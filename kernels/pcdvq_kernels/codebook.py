@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pcdvq_kernels import pyramid
 from pcdvq_kernels.arguments import LayoutFields
 from pcdvq_kernels.config import SEGMENT_ROWS, CodebookSpec
 from pcdvq_kernels.errors import CheckpointError
@@ -23,7 +24,7 @@ class Codebook:
     Attributes:
         spec: layout of the codes.
         directions: int8 [spec.rows, spec.vector_dim].
-        magnitudes: uint8 [2 ** spec.magnitude_bits].
+        magnitudes: uint8 [spec.magnitude_count].
     """
 
     spec: CodebookSpec
@@ -33,16 +34,21 @@ class Codebook:
     def __post_init__(self) -> None:
         spec = self.spec
         _expect("directions", self.directions, torch.int8, (spec.rows, spec.vector_dim))
-        _expect("magnitudes", self.magnitudes, torch.uint8, (1 << spec.magnitude_bits,))
-        lowest = int(self.directions.min())
-        if lowest < (0 if spec.signs else -MAX_LEVEL):
-            raise CheckpointError(f"codebook directions hold {lowest}, below the format's limit")
+        _expect("magnitudes", self.magnitudes, torch.uint8, (spec.magnitude_count,))
         smallest, largest = int(self.magnitudes.min()), int(self.magnitudes.max())
         if smallest < 1 or largest > MAX_MAGNITUDE:
             raise CheckpointError(
                 f"codebook magnitudes lie in [{smallest}, {largest}], the format's limits are "
                 f"[1, {MAX_MAGNITUDE}]"
             )
+        if not spec.pulses:
+            self._check_directions()
+
+    def _check_directions(self) -> None:
+        spec = self.spec
+        lowest = int(self.directions.min())
+        if lowest < (0 if spec.signs else -MAX_LEVEL):
+            raise CheckpointError(f"codebook directions hold {lowest}, below the format's limit")
         if spec.codec == "int8" and not torch.equal(self.codewords(), int8_directions()):
             raise CheckpointError("codebook directions are not those of codec int8 (FORMAT.md)")
         highest = int(self._levels().abs().max())
@@ -56,14 +62,24 @@ class Codebook:
         return (directions * magnitudes + (1 << self.spec.shift >> 1)) >> self.spec.shift
 
     def codewords(self) -> Tensor:
-        """Levels before signs, int8 [2 ** magnitude_bits * rows, vector_dim].
+        """The op's argument `codewords`: levels before signs, or the tables of pyramid codes.
 
-        Row `magnitude * rows + row` belongs to a code whose fields select `row` and `magnitude`.
+        Returns:
+            int8 [2 ** magnitude_bits * rows, vector_dim]; row `magnitude * rows + row` belongs to a
+            code whose fields select `row` and `magnitude`. Of codec pvq the levels of every code,
+            or `pyramid.make_tables` [spec.pyramid_rows, 8].
         """
         return self._codewords
 
     @cached_property
     def _codewords(self) -> Tensor:
+        spec = self.spec
+        if spec.pulses:
+            bits = spec.code_bits
+            tables = pyramid.make_tables(spec.pulses, bits, self.magnitudes, spec.shift)
+            if not spec.pyramid_rows:
+                tables = pyramid.decode(torch.arange(1 << bits), tables, bits)
+            return tables.to(self.magnitudes.device)
         return self._levels().flatten(0, 1).to(torch.int8)
 
     def codeword_index(self, codes: Tensor) -> Tensor:
@@ -90,6 +106,10 @@ class Codebook:
             int8 [*codes.shape, vector_dim].
         """
         spec = self.spec
+        if spec.pyramid_rows:
+            return pyramid.decode(codes, self.codewords(), spec.code_bits)
+        if spec.pulses:
+            return self.codewords()[codes]
         levels = self.codewords()[self.codeword_index(codes)]
         if spec.rotation_bits:
             rotation = codes >> (spec.sign_bits + spec.base_bits)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pcdvq_kernels import pyramid
 from pcdvq_kernels.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -14,6 +15,8 @@ QUANT_METHOD = "pcdvq"
 SEGMENT_ROWS = 16
 # That one message names.
 MOST_PROBLEMS = 4
+# Bits of a code that is made of fields; pyramid codes have limits of their own.
+MAX_CODE_BITS, MAX_PATTERN_BITS = 24, 16
 # What kernels may round activations to (FORMAT.md).
 Activations = Literal["int8", "int16", "float"]
 DEFAULT_ACTIVATIONS: Activations = "int8"
@@ -24,37 +27,68 @@ class CodebookSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    codec: Literal["signed", "e8", "trellis", "int8"]
+    codec: Literal["signed", "e8", "trellis", "int8", "pvq"]
     vector_dim: Literal[1, 2, 4, 8]
     signs: bool
     parity: bool
-    pattern_bits: int = Field(ge=1, le=16)
+    pattern_bits: int = Field(ge=1, le=pyramid.MAX_CODE_BITS)
     magnitude_bits: int = Field(ge=0, le=4)
     shift: int = Field(ge=0, le=7)
     rotation_bits: int = Field(default=0, ge=0, le=3)
     state_bits: int = Field(default=0, ge=0, le=4)
+    pulses: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=pyramid.MOST_PULSES)], ...],
+        # JSON has lists; the key is there for one codec only.
+        Field(max_length=pyramid.MOST_MAGNITUDES, strict=False, exclude_if=lambda v: not v),
+    ] = ()
 
     @model_validator(mode="after")
     def _check(self) -> CodebookSpec:
-        if self.parity and not self.signs:
-            raise ValueError("parity needs signs: it is the parity of the sign bits")
-        if self.code_bits > 24:
-            raise ValueError(f"a code of {self.code_bits} bits is over the limit of 24")
+        if (self.codec == "pvq") != bool(self.pulses):
+            raise ValueError(f"codec {self.codec} with {len(self.pulses)} magnitudes of pulses")
         if (self.codec == "trellis") != (self.state_bits > 0):
             raise ValueError(f"codec {self.codec} with {self.state_bits} state_bits")
+        if (self.codec == "int8") != (self.vector_dim == 1):
+            raise ValueError("vector_dim is 1 for codec int8 and for no other")
+        if self.codec == "int8" and (self.code_bits, self.rows, self.shift) != (8, 256, 0):
+            raise ValueError("codec int8 has 8 pattern bits, nothing else in its codes, no shift")
+        self._check_fields()
+        if self.pulses:
+            self._check_pyramids()
+        else:
+            self._check_sizes()
+        return self
+
+    def _check_fields(self) -> None:
+        if self.parity and not self.signs:
+            raise ValueError("parity needs signs: it is the parity of the sign bits")
         if self.rotation_bits and 1 << self.rotation_bits != self.vector_dim:
             raise ValueError(f"{self.rotation_bits} rotation_bits do not rotate {self.vector_dim}")
         if (self.rotation_bits or self.state_bits) and not (self.signs and not self.magnitude_bits):
             raise ValueError("states and rotations need signs and no magnitude bits")
         if self.pattern_bits < max(self.rotation_bits, self.state_bits):
             raise ValueError("states and rotations are bits of the pattern")
-        if self.state_bits + self.pattern_bits - self.rotation_bits > 16:
+
+    def _check_sizes(self) -> None:
+        if self.code_bits > MAX_CODE_BITS:
+            raise ValueError(
+                f"a code of {self.code_bits} bits is over the limit of {MAX_CODE_BITS}"
+            )
+        if self.pattern_bits > MAX_PATTERN_BITS:
+            raise ValueError(
+                f"{self.pattern_bits} pattern_bits are over the limit of {MAX_PATTERN_BITS}"
+            )
+        if self.state_bits + self.base_bits > 16:
             raise ValueError("the direction table is over the limit of 2^17 rows")
-        if (self.codec == "int8") != (self.vector_dim == 1):
-            raise ValueError("vector_dim is 1 for codec int8 and for no other")
-        if self.codec == "int8" and (self.code_bits, self.rows, self.shift) != (8, 256, 0):
-            raise ValueError("codec int8 has 8 pattern bits, nothing else in its codes, no shift")
-        return self
+
+    def _check_pyramids(self) -> None:
+        if (self.vector_dim, self.sign_bits, self.magnitude_bits) != (pyramid.DIM, 0, 0):
+            raise ValueError(f"codec pvq has groups of {pyramid.DIM} and no fields but the pattern")
+        if self.code_bits < pyramid.MIN_CODE_BITS:
+            raise ValueError(f"codec pvq has {pyramid.MIN_CODE_BITS} pattern bits or more")
+        _, end = pyramid.make_ranges(self.pulses, self.code_bits)
+        if end > 1 << self.code_bits:
+            raise ValueError(f"pulses {self.pulses} need {end} codes of {self.code_bits} bits")
 
     @property
     def sign_bits(self) -> int:
@@ -72,8 +106,19 @@ class CodebookSpec(BaseModel):
 
     @property
     def rows(self) -> int:
-        """Rows of the direction table."""
-        return 1 << (self.state_bits + self.base_bits + self.parity)
+        """Rows of the direction table; pyramids need none."""
+        return 0 if self.pulses else 1 << (self.state_bits + self.base_bits + self.parity)
+
+    @property
+    def pyramid_rows(self) -> int:
+        """Rows of the tables that decode pyramid codes, 0 where levels are looked up by code."""
+        tabulated = not self.pulses or self.code_bits <= pyramid.TABULATED_BITS
+        return 0 if tabulated else pyramid.table_rows(self.pulses, self.code_bits)
+
+    @property
+    def magnitude_count(self) -> int:
+        """Entries of the magnitude table."""
+        return len(self.pulses) or 1 << self.magnitude_bits
 
     @property
     def base_bits(self) -> int:

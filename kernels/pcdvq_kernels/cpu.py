@@ -33,11 +33,11 @@ _BAD_ID = 3
 
 
 # PcdvqLinear of kernels/csrc/pcdvq.h. Packing takes a third of what a ctypes.Structure takes.
-_LINEAR = struct.Struct("7P13q4i")
+_LINEAR = struct.Struct("7P14q4i")
 # PcdvqEmbedding, likewise; padded as in C.
-_EMBEDDING = struct.Struct("6P13q3i4x")
+_EMBEDDING = struct.Struct("6P14q3i4x")
 # PcdvqMoe, with its two PcdvqExperts.
-_MOE = struct.Struct("5P3q" + 2 * "3P12q" + "3i4x")
+_MOE = struct.Struct("5P3q" + 2 * "3P13q" + "3i4x")
 # PcdvqVptqSegment and PcdvqVptq; `vptq.cpu` calls those.
 VPTQ_SEGMENT = struct.Struct("2P5q")
 VPTQ = struct.Struct("7P5q5i4x")

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pcdvq_kernels import cpu
+from pcdvq_kernels import cpu, pyramid
 from pcdvq_kernels.arguments import (
     LayoutFields,
     check_embedding,
@@ -133,6 +133,8 @@ def decode_levels(
         states: int64 [rows, groups], where the layout has any.
     """
     codes = unpack_codes(qweight, layout.code_bits, in_features // layout.vector_dim)
+    if layout.pyramid_rows:
+        return pyramid.decode(codes, codewords, layout.code_bits).float().flatten(1)
     row = codes >> layout.sign_bits
     bits = (codes.unsqueeze(-1) >> torch.arange(layout.vector_dim, device=codes.device)) & 1
     base_bits = layout.pattern_bits - layout.rotation_bits

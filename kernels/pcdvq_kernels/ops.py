@@ -8,8 +8,8 @@ y = R (Q H S x) + b:
     qweight    uint8 [N, row_bytes], the checkpoint's codes, or int32 words from `prepack_weight`
     row_scale  fp32 [N]
     signs_in   uint8 [K / 8]
-    codewords  int8 [2 ** magnitude_bits * spec.rows, vector_dim], `Codebook.codewords()`;
-               with words what `prepack_codewords` made of it
+    codewords  int8 [rows, vector_dim], `Codebook.codewords()`: tables of pyramid codes are not
+               checked; with words what `prepack_codewords` made of it
     bias       any float dtype [N], or None
     layout     `Layout(...).to_ints()`
     returns    x.dtype [..., N]
@@ -61,7 +61,12 @@ from torch import Tensor
 
 from pcdvq_kernels import cpu, fallback, torch_op
 from pcdvq_kernels.arguments import ACTIVATIONS
-from pcdvq_kernels.config import DEFAULT_ACTIVATIONS, Activations, CodebookSpec
+from pcdvq_kernels.config import (
+    DEFAULT_ACTIVATIONS,
+    MAX_PATTERN_BITS,
+    Activations,
+    CodebookSpec,
+)
 
 
 @dataclass(frozen=True)
@@ -81,16 +86,20 @@ class Layout:
 
     def to_ints(self) -> list[int]:
         spec = self.spec
+        # Codes whose levels are looked up are rows of a table, however many fields divide them.
+        looked_up = spec.pulses and not spec.pyramid_rows
+        upper_bits = max(0, spec.pattern_bits - MAX_PATTERN_BITS) if looked_up else 0
         return [
             self.hadamard_block,
             spec.vector_dim,
             spec.sign_bits,
             int(spec.parity),
-            spec.pattern_bits,
-            spec.magnitude_bits,
+            spec.pattern_bits - upper_bits,
+            spec.magnitude_bits + upper_bits,
             spec.rotation_bits,
             spec.state_bits,
             ACTIVATIONS.index(self.activations),
+            spec.pyramid_rows,
         ]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcdvq_kernels.arguments import linear_shape
+from pcdvq_kernels.arguments import LayoutFields, linear_shape
 
 Linear = Callable[..., Tensor]
 
@@ -39,6 +39,7 @@ _FUNCTIONS = (
 )
 _Handles = ctypes.POINTER(ctypes.c_void_p)
 _Ints = ctypes.POINTER(ctypes.c_int64)
+_Layout = ctypes.c_int64 * len(LayoutFields._fields)
 _IN_PYTHON = ctypes.CFUNCTYPE(
     ctypes.c_void_p, _Handles, _Ints, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t
 )
@@ -48,7 +49,7 @@ class _LinearShape(ctypes.Structure):
     """PcdvqLinearShape of csrc/pcdvq.h."""
 
     _fields_ = (
-        ("layout", ctypes.c_int64 * 9),
+        ("layout", _Layout),
         *((name, ctypes.c_int64) for name in ("k", "row_bytes", "codewords")),
     )
 
@@ -107,7 +108,7 @@ def _accept(library: ctypes.CDLL, layout: tuple[int, ...], in_features: int) -> 
     library.pcdvq_torch_accept(
         ctypes.byref(
             _LinearShape(
-                (ctypes.c_int64 * 9)(*layout),
+                _Layout(*layout),
                 in_features,
                 shape.row_bytes,
                 shape.codewords_shape[0],

@@ -44,6 +44,7 @@ class Codec(StrEnum):
     signed = "signed"
     trellis = "trellis"
     e8 = "e8"
+    pvq = "pvq"
     int8 = "int8"
 
 
@@ -63,15 +64,15 @@ def quantize(
     bits: Annotated[
         float,
         typer.Option(
-            help="Bits per weight: 2, 2.25, 3, 4, or an average between: each layer then gets a "
-            "rate by its sensitivity. 8 with codec int8."
+            help="Bits per weight: 2, 2.25, 3, 4 (codec pvq: 3.25 too), or an average between: "
+            "each layer then gets a rate by its sensitivity. 8 with codec int8."
         ),
     ] = 4.0,
     codec: Annotated[
         Codec,
         typer.Option(
-            help="trellis: best quality; signed: faster, larger error; e8: the paper's codebook (2 "
-            "and 2.25); int8: 8 bits."
+            help="trellis: best quality; signed: faster, larger error; pvq: integer pyramids, no "
+            "stored codebook; e8: the paper's codebook (2 and 2.25); int8: 8 bits."
         ),
     ] = Codec.trellis,
     embedding_bits: Annotated[

@@ -8,6 +8,8 @@ from pcdvq_kernels.nearest import nearest_codeword
 from pcdvq_kernels.trellis import trellis_codes
 from torch import Tensor
 
+from pcdvq_quantizer.pyramid_search import PyramidSearch
+
 
 class Encoder:
     """Encodes groups with one codebook.
@@ -16,7 +18,7 @@ class Encoder:
     codecs a group is encoded by itself: by a direction chosen by its angle to the group and a
     magnitude by the group's length, as in the paper (arXiv 2506.05432, section 3.2), for `e8`; by
     the pair nearest to the group in Euclidean distance for `signed`, whose patterns have lengths of
-    their own; weight by weight for `int8`.
+    their own, and for `pvq`; weight by weight for `int8`.
     """
 
     def __init__(self, codebook: Codebook) -> None:
@@ -31,6 +33,8 @@ class Encoder:
             stride = 2 if spec.parity else 1
             # One sub-table per parity of the sign bits: rows 2 * pattern + parity.
             self._tables = [_Table.euclidean(codewords[parity::stride]) for parity in range(stride)]
+        elif spec.pulses:
+            self._pyramids = PyramidSearch(codebook)
         elif spec.codec == "e8":
             self._directions = _Table.angular(codebook.directions.float())
             self._lengths = _direction_lengths(codebook)
@@ -53,7 +57,10 @@ class Encoder:
             return trellis_codes(x, weight, self._patterns, spec.parity, spec.state_bits).long()
         if spec.codec == "int8":
             return x.round().clamp(-MAX_LEVEL, MAX_LEVEL).long()[..., 0] & 0xFF
-        encode = self._encode_signed if spec.signs else self._encode_table
+        if spec.pulses:
+            encode = self._pyramids.encode
+        else:
+            encode = self._encode_signed if spec.signs else self._encode_table
         return encode(x.reshape(-1, spec.vector_dim)).view(x.shape[:2])
 
     def _encode_table(self, x: Tensor) -> Tensor:

@@ -36,6 +36,19 @@ def _spec(
     )
 
 
+def _pyramids(code_bits: int, pulses: tuple[int, ...]) -> CodebookSpec:
+    return CodebookSpec(
+        codec="pvq",
+        vector_dim=8,
+        signs=False,
+        parity=False,
+        pattern_bits=code_bits,
+        magnitude_bits=0,
+        shift=3,
+        pulses=pulses,
+    )
+
+
 # The layouts with a kernel of their own, then ones that take the generic decoder.
 SPECS = {
     "signed-8x16": _spec(8, True, True, 7, 1),
@@ -64,6 +77,11 @@ SPECS = {
     ),
     "e8-16": _spec(8, False, False, 14, 2),
     "e8-18": _spec(8, False, False, 16, 2),
+    "pvq-18": _pyramids(18, (8, 3)),
+    "pvq-24": _pyramids(24, (11, 1, 14)),
+    "pvq-26": _pyramids(26, (17, 15)),
+    "pvq-32": _pyramids(32, (25, 12)),
+    "generic-pvq-29": _pyramids(29, (26, 2)),
     "generic-8x1": _spec(8, False, False, 1, 0),
     "generic-8x13": _spec(8, True, False, 5, 0),
     "generic-8x24": _spec(8, True, True, 14, 2),
@@ -138,7 +156,8 @@ def random_codebook(codec: str) -> tuple[Codebook, Tensor]:
         return codebook, codebook.codewords()
     lowest = 0 if spec.signs else -60
     directions = torch.randint(lowest, 61, (spec.rows, spec.vector_dim), generator=generator)
-    magnitudes = torch.randint(1, 17, (1 << spec.magnitude_bits,), generator=generator)
+    highest = 129 if spec.pulses else 17  # levels of pyramids may be cut
+    magnitudes = torch.randint(1, highest, (spec.magnitude_count,), generator=generator)
     codebook = Codebook(spec, directions.to(torch.int8), magnitudes.to(torch.uint8))
     return codebook, codebook.codewords()
 

@@ -166,17 +166,7 @@ def fuzz_layouts(directory: Path, cases: int) -> Counter[str]:
     outcomes: Counter[str] = Counter()
 
     @_settings(cases)
-    @given(
-        st.tuples(
-            st.sampled_from(("signed", "e8", "trellis")),
-            st.sampled_from((2, 4, 8)),
-            *(st.booleans(), st.booleans()),
-            *(st.integers(1, 12), st.integers(0, 4), st.integers(0, 7)),
-            *(st.integers(0, 3), st.integers(0, 4)),
-        )
-        .map(_spec)
-        .filter(lambda spec: spec is not None)
-    )
+    @given(st.one_of(fields(), pyramids()).map(_spec).filter(lambda spec: spec is not None))
     def run(spec: CodebookSpec) -> None:
         Damaged(Files()).write(directory)
         write_random_checkpoint(directory, MODEL, spec, embeddings=spec)
@@ -185,6 +175,29 @@ def fuzz_layouts(directory: Path, cases: int) -> Counter[str]:
 
     run()
     return outcomes
+
+
+def fields() -> st.SearchStrategy[tuple]:
+    """Fields of the codecs whose codes have any, in the order of `CodebookSpec`."""
+    return st.tuples(
+        st.sampled_from(("signed", "e8", "trellis")),
+        st.sampled_from((2, 4, 8)),
+        *(st.booleans(), st.booleans()),
+        *(st.integers(1, 12), st.integers(0, 4), st.integers(0, 7)),
+        *(st.integers(0, 3), st.integers(0, 4)),
+        st.just(()),
+    )
+
+
+def pyramids() -> st.SearchStrategy[tuple]:
+    """Fields of codec pvq, many of which fit together."""
+    few = st.lists(st.integers(1, 8), min_size=1, max_size=4)
+    many = st.lists(st.integers(1, 16), min_size=1, max_size=12)
+    return st.tuples(
+        *(st.just("pvq"), st.just(8), st.just(False), st.just(False)),
+        *(st.integers(11, 33), st.just(0), st.integers(0, 7), st.just(0), st.just(0)),
+        st.one_of(few, many).map(tuple),
+    )
 
 
 def _spec(fields: tuple) -> CodebookSpec | None:

@@ -64,6 +64,9 @@ E8 = CodebookSpec(
     magnitude_bits=2,
     shift=0,
 )
+PVQ = E8.model_copy(
+    update={"codec": "pvq", "pattern_bits": 26, "magnitude_bits": 0, "shift": 3, "pulses": (16, 13)}
+)
 
 
 NOT_QUANTIZED = ("lm_head", "shared_expert_gate")
@@ -89,7 +92,9 @@ def random_codebook(spec: CodebookSpec, generator: torch.Generator) -> Codebook:
         return Codebook(spec, int8_directions(), torch.ones(1, dtype=torch.uint8))
     low = 0 if spec.signs else -15
     directions = torch.randint(low, 16, (spec.rows, spec.vector_dim), generator=generator)
-    magnitudes = torch.randint(3, 9, (1 << spec.magnitude_bits,), generator=generator)
+    # A pyramid's levels are small numbers of pulses.
+    low, high = (30, 60) if spec.pulses else (3, 9)
+    magnitudes = torch.randint(low, high, (spec.magnitude_count,), generator=generator)
     return Codebook(spec, directions.to(torch.int8), magnitudes.to(torch.uint8))
 
 

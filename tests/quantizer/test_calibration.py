@@ -49,7 +49,9 @@ def quadratic(error: torch.Tensor, hessian: torch.Tensor) -> float:
     return ((error @ hessian.to(error.dtype)) * error).sum().item()
 
 
-@pytest.mark.parametrize(("codec", "bits"), [("signed", 2.0), ("signed", 4.0), ("trellis", 2.0)])
+@pytest.mark.parametrize(
+    ("codec", "bits"), [("signed", 2.0), ("signed", 4.0), ("trellis", 2.0), ("pvq", 3.25)]
+)
 def test_feedback_lowers_the_output_error(codec: str, bits: float) -> None:
     """By the ratio that theory gives for small errors: mean of the feedback's D to mean of H."""
     book = get_codebook(codec, bits)
@@ -87,7 +89,9 @@ def stage_result(codec: str, rows: list[int], statistics: InputStatistics) -> tu
     return weights, book, *quantize_stage(weights, statistics, book, input_signs(64, 0), 32)
 
 
-@pytest.mark.parametrize(("codec", "rows"), [("signed", [33, 7]), ("trellis", [17, 32])])
+@pytest.mark.parametrize(
+    ("codec", "rows"), [("signed", [33, 7]), ("trellis", [17, 32]), ("pvq", [33, 7])]
+)
 def test_stage_gives_back_what_is_stored(codec: str, rows: list[int]) -> None:
     """Also where a linear starts inside a segment of the one before."""
     statistics = InputStatistics.gather([Inputs(correlated(64), correlated(64))])

@@ -9,7 +9,8 @@ from pcdvq_quantizer.plan import input_signs
 
 
 @pytest.mark.parametrize(
-    ("codec", "bits"), [(codec, bits) for codec in ("signed", "trellis") for bits in OFFERED[codec]]
+    ("codec", "bits"),
+    [(codec, bits) for codec in ("signed", "trellis", "pvq") for bits in OFFERED[codec]],
 )
 @pytest.mark.parametrize(("rows", "columns"), [(33, 576), (5, 896), (1, 72)])
 def test_reported_error_is_the_error_of_the_stored_weight(
@@ -25,7 +26,7 @@ def test_reported_error_is_the_error_of_the_stored_weight(
     )
     error = ((stored - weight).square().sum() / weight.square().sum()).item()
     assert layer.error.weight == pytest.approx(error, rel=1e-3)
-    assert error < {2.0: 0.12, 2.25: 0.09, 3.0: 0.04, 4.0: 0.012}[bits]
+    assert error < {2.0: 0.12, 2.25: 0.09, 3.0: 0.04, 3.25: 0.03, 4.0: 0.012}[bits]
 
 
 def test_rotation_rescues_outliers() -> None:

@@ -17,7 +17,7 @@ The words of a row of tiles are planes, one after another, each int32 [tiles, 32
     extra   the `width` bits below those, 8 / width index words to a word, at bits
             `width * position` of byte i; one plane for each width of `extra_widths`
 
-A layout that does not fit has its levels stored, as codec `int8` does:
+A layout that does not fit has its levels stored, as codecs `int8` and `pvq` do:
 
     levels  32 words, index 8 i + 2 b + h, byte j
 """
@@ -105,6 +105,8 @@ STORED_LEVELS = Format(vector_dim=1)
 @lru_cache(maxsize=256)
 def format_of(layout: LayoutFields) -> Format:
     """The format for codes of `layout`; levels are stored if no table format fits."""
+    if layout.pyramid_rows:
+        return STORED_LEVELS
     widths = _EXTRA_WIDTHS.get(layout.code_bits - layout.sign_bits)
     if layout.vector_dim not in (4, 8) or widths is None:
         return STORED_LEVELS

@@ -27,6 +27,7 @@ OFFERED = {
     "signed": (2.0, 2.25, 3.0, 4.0),
     "trellis": (2.0, 2.25, 3.0, 4.0),
     "e8": tuple(E8_DIRECTION_BITS),
+    "pvq": (2.0, 2.25, 3.0, 3.25, 4.0),
     "int8": (8.0,),
 }
 # Least mean squared error of rounding N(0, 1) to 255 equidistant levels.

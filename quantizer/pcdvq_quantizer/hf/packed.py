@@ -20,7 +20,7 @@ class PackedWeight(nn.Module):
         qweight    uint8 [N, row_bytes(K)]
         row_scale  fp32 [N], as the operators take it; bf16 on disk
         signs_in   uint8 [K / 8]
-        codewords  int8 [2 ** magnitude_bits * rows, vector_dim], from `set_codebook`
+        codewords  int8, see `Codebook.codewords`, from `set_codebook`
     """
 
     qweight: Tensor

@@ -46,7 +46,7 @@ class FinetuneResult:
         checkpoint: the new one.
         kl_before, kl_after: KL(original || checkpoint) on the hold-out windows, nats per token.
         steps: steps done.
-        diverged: whether training ended early because the KL rose far above `kl_before`, or was NaN.
+        diverged: training ended early because the KL rose far above `kl_before`, or was NaN.
     """
 
     checkpoint: Checkpoint

@@ -9,9 +9,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -57,17 +59,30 @@ def launch(
     with tempfile.TemporaryDirectory() as directory:
         task = _Task(run, arguments, f"{directory}/store")
         try:
-            for rank in range(count):
-                reader, writer = context.Pipe(duplex=False)
-                worker = context.Process(target=_work, args=(Processes(rank, count), task, writer))
-                worker.start()
-                workers[reader] = worker
-                writer.close()
+            with _interrupts_blocked():
+                for rank in range(count):
+                    reader, writer = context.Pipe(duplex=False)
+                    given = Processes(rank, count), task, writer
+                    worker = context.Process(target=_work, args=given)
+                    worker.start()
+                    workers[reader] = worker
+                    writer.close()
             _watch(dict(workers), progress)
         finally:
             for worker in workers.values():
                 worker.kill()
                 worker.join()
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started here never see Ctrl-C, which is for the launcher."""
+    resource_tracker.ensure_running()  # or the first process started would end the blocking
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _watch(workers: dict[Connection, SpawnProcess], progress: Progress) -> None:
@@ -110,7 +125,6 @@ class _Sent(Progress):
 
 def _work(processes: Processes, task: _Task, pipe: Connection) -> None:
     """What a process of `launch` does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, cores() // processes.count))

@@ -47,7 +47,7 @@ class Range(NamedTuple):
     start: int
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Codes that are points of their own."""
         return count_points(HALF, self.first) * count_points(HALF, self.second)
 
@@ -75,7 +75,7 @@ def make_ranges(pulses: tuple[int, ...], code_bits: int) -> tuple[tuple[Range, .
     for magnitude, total in enumerate(pulses):
         for first in range(total + 1):
             ranges.append(Range(magnitude, first, total - first, end))
-            end += -(-ranges[-1].count // step) * step
+            end += -(-ranges[-1].size // step) * step
     return tuple(ranges), end
 
 
@@ -120,14 +120,14 @@ def make_tables(pulses: Sequence[int], code_bits: int, magnitudes: Tensor, shift
     places = [at]
     for table in points:
         places.append(places[-1] + table.numel())
-    each = scales(magnitudes, shift).tolist()
+    each: list[int] = scales(magnitudes, shift).tolist()
     fields = []
     for item in ranges:
         divisor, scale = count_points(HALF, item.second), each[item.magnitude]
-        reciprocal = torch.tensor(_REDUCTION / divisor).view(torch.int32).item()
+        reciprocal = int(torch.tensor(_REDUCTION / divisor).view(torch.int32).item())
         fields.append(
             [
-                item.start | (item.count - 1) << 32,
+                item.start | (item.size - 1) << 32,
                 divisor | reciprocal << 32,
                 places[item.first] | places[item.second] << 32,
                 scale | scale << 16,

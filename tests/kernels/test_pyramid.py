@@ -60,9 +60,9 @@ def edge_codes(spec: CodebookSpec) -> Tensor:
     edges = [0, end - 1, end, (1 << spec.code_bits) - 1]
     for item in ranges:
         divisor = pyramid.count_points(pyramid.HALF, item.second)
-        quotients = (0, 1, item.count // divisor // 2, item.count // divisor - 1)
+        quotients = (0, 1, item.size // divisor // 2, item.size // divisor - 1)
         near = [item.start + quotient * divisor + i for quotient in quotients for i in (-1, 0, 1)]
-        edges += [*near, item.start + item.count - 1, item.start + item.count]
+        edges += [*near, item.start + item.size - 1, item.start + item.size]
     return torch.tensor(edges).clamp(0, (1 << spec.code_bits) - 1).unique()
 
 
@@ -120,7 +120,7 @@ def test_encoding_inverts_decoding(layout: CodebookSpec) -> None:
     ranges, _ = pyramid.make_ranges(spec.pulses, spec.code_bits)
     generator = torch.Generator().manual_seed(0)
     for item in ranges:
-        codes = item.start + torch.randint(0, item.count, (50,), generator=generator)
+        codes = item.start + torch.randint(0, item.size, (50,), generator=generator)
         points = book.decode(codes)
         assert (points.abs().sum(1) == spec.pulses[item.magnitude]).all()
         magnitude = torch.full((50,), item.magnitude)

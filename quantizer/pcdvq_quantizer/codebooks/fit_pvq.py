@@ -106,7 +106,7 @@ def main(
     x = torch.randn(GROUPS, pyramid.DIM, generator=generator)
     spec = CodebookSpec(
         codec="pvq",
-        vector_dim=pyramid.DIM,
+        vector_dim=8,
         signs=False,
         parity=False,
         pattern_bits=int(pyramid.DIM * float(bits)),

@@ -46,7 +46,13 @@ int32_t pcdvq_best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt") &&
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  if (avx2 && __builtin_cpu_supports("avx512f")) return PCDVQ_ISA_AVX512;
+  // Ice Lake, Zen 4 and later; of earlier CPUs the AVX2 kernels are as fast.
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vbmi") &&
+                      __builtin_cpu_supports("avx512bitalg") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (avx2 && avx512) return PCDVQ_ISA_AVX512;
   if (avx2) return PCDVQ_ISA_AVX2;
 #endif
   return PCDVQ_ISA_SCALAR;

@@ -27,9 +27,27 @@ constexpr int64_t kMaxStates = 16;
 struct Weights {
   const uint8_t* qweight;  // [n, row_bytes]
   const int8_t* table;     // what Decoder::expand made, or the codewords
-  int64_t row_bytes;
-  int64_t k;
+  int64_t n, k, row_bytes;
   PcdvqLayout layout;
+};
+
+// Weight rows of a block and its steps of four columns; what a block is block_decode.h says.
+constexpr int64_t kBlockRows = 16;
+constexpr int64_t kBlockSteps = kScaleColumns / 4;
+constexpr int64_t kStepBytes = 4 * kBlockRows;
+
+// Decodes blocks [first, first + blocks) of weight rows [row, row + rows), at most kBlockRows. Step
+// s of block b is at levels + (kBlockSteps * b + s) * step. Columns past K and rows past the last get
+// any levels.
+using BlocksFn = void (*)(const Weights&, int64_t row, int64_t rows, int64_t first, int64_t blocks,
+                          int64_t step, uint8_t* levels);
+
+// Rows of int8 activations for blocks, in the order of columns.
+struct BlockRows {
+  int8_t* levels;       // [rows, stride]
+  float* scales;        // [rows, scale_stride], one for each block
+  int32_t* corrections; // likewise: -128 times the sum of a block's levels
+  int64_t stride, scale_stride;
 };
 
 // Decodes units [first, first + units) of weight rows [row, row + rows) into panel
@@ -70,6 +88,20 @@ struct Decoder {
   void (*expand)(const int8_t* codewords, int8_t* table);
 };
 
+struct BlockDecoder {
+  BlocksFn decode;
+  void (*expand)(const int8_t* codewords, int8_t* table);  // as above
+};
+
+// Activations against the blocks of one or kPanelStrips strips of kBlockRows weight rows.
+struct BlockTiles {
+  BlockRows x;  // from the first block on
+  int64_t rows, blocks, strips;
+  const uint8_t* levels;  // [blocks, kBlockSteps, strips, kStepBytes]
+  float* acc;             // [rows, strips, kBlockRows]
+};
+constexpr int64_t kPanelStrips = 4;
+
 // Activations of a panel's columns against the panel, in the order of units.
 struct Tiles {
   const void* x;        // [rows, x_stride], float or int16
@@ -99,6 +131,20 @@ struct VptqStrip {
   int64_t x_stride, tokens;
   float* panel;  // [kPanelColumns, kStripLanes], scratch
   float* sums;   // [tokens, kStripLanes]
+};
+
+struct BlockKernels {
+  BlockDecoder (*decoder)(const PcdvqLayout&);
+
+  // Quantizes `columns` rotated activations, in the order of columns; `x` has room for whole blocks.
+  void (*quantize)(float* x, int64_t columns, const BlockRows& out);
+
+  // acc += x times the blocks.
+  void (*accumulate)(const BlockTiles&);
+
+  // out[i] = acc[i] * row_scale[i] + bias[i], `count` of them; bias may be null.
+  void (*finish)(const float* acc, const float* row_scale, const float* bias, int64_t count,
+                 int32_t dtype, void* out);
 };
 
 struct Kernels {
@@ -138,6 +184,9 @@ struct Kernels {
   void (*trellis)(const PcdvqTrellis& problem, int64_t first, int64_t count);
 
   void (*vptq)(const VptqStrip& strip);
+
+  // Int8 activations by blocks; null where panels are used for them too.
+  const BlockKernels* blocks;
 };
 
 constexpr int64_t kNearestGroups = 256;

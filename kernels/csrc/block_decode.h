@@ -2,7 +2,8 @@
 // once. Layouts that have no decoder here take that of dot.h or codec.h.
 //
 // A block is 16 weight rows x 64 columns, the columns of one scale of the activations: 16 steps of
-// [16 rows][4 columns], a register each. Its bytes are 128 + level.
+// [16 rows][4 columns], a register each. Its bytes are 128 + level. Decoders hand each step to a sink,
+// which stores or multiplies it: sink(s, turn, levels), where `turn` alternates between 0 and 1.
 #pragma once
 
 #include "codec.h"
@@ -42,12 +43,13 @@ PCDVQ_INLINE Wide load_qwords(At at) {
   return join(_mm256_set_m128i(pair(2), pair(0)), _mm256_set_m128i(pair(6), pair(4)));
 }
 
-// Eight columns of rows 0 to 7, and of rows 8 to 15.
-PCDVQ_INLINE void store_octets(Wide a, Wide b, int64_t step, uint8_t* out) {
+// Steps s and s + 1, from eight columns of rows 0 to 7, and of rows 8 to 15.
+template <class Sink>
+PCDVQ_INLINE void give_octets(Wide a, Wide b, int s, Sink&& sink) {
   const Wide even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const Wide odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  _mm512_store_si512(out, _mm512_permutex2var_epi32(a, even, b));
-  _mm512_store_si512(out + step, _mm512_permutex2var_epi32(a, odd, b));
+  sink(s, 0, _mm512_permutex2var_epi32(a, even, b));
+  sink(s + 1, 1, _mm512_permutex2var_epi32(a, odd, b));
 }
 
 // Of levels as they are stored; -128 is -127.
@@ -199,9 +201,10 @@ struct LookupBlocks {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtepi16_epi8(pairs));
   }
 
-  // One block. Rows of codes are `stride` bytes apart, registers of `out` `step` bytes.
+  // One block, whose rows of codes are `stride` bytes apart.
+  template <class Sink>
   static PCDVQ_INLINE void decode(const int8_t* table, const uint8_t* codes, int64_t stride,
-                                  int64_t step, uint8_t* out) {
+                                  Sink&& sink) {
     for (int i = 0; i < kPieces; ++i) {
       Codes looked_up;
       Wide signs[4], rest[4];
@@ -212,8 +215,11 @@ struct LookupBlocks {
       }
       // Or gcc would take the offsets from the registers one by one, which takes longer than loads.
       __asm__("" : "+m"(looked_up));
-      for (int c = 0; c < 8; ++c, out += step * (DIM / 4)) {
-        levels(table, looked_up.offsets[c], looked_up.signs[c], step, out);
+      for (int c = 0; c < 8; c += 2) {
+        for (int turn = 0; turn < 2; ++turn) {
+          const int code = c + turn;
+          levels(table, looked_up.offsets[code], looked_up.signs[code], 8 * i + code, turn, sink);
+        }
       }
     }
   }
@@ -223,8 +229,10 @@ struct LookupBlocks {
     return _mm512_mask_sub_epi8(levels, signs, _mm512_setzero_si512(), levels);
   }
 
+  // The levels of a code of 16 rows, the block's number `code`.
+  template <class Sink>
   static PCDVQ_INLINE void levels(const int8_t* table, const uint16_t* offsets,
-                                  const uint64_t* signs, int64_t step, uint8_t* out) {
+                                  const uint64_t* signs, int code, int turn, Sink&& sink) {
     // A load of four offsets and shifts take less time than four loads.
     uint64_t fours[4];
     std::memcpy(fours, offsets, sizeof(fours));
@@ -232,13 +240,13 @@ struct LookupBlocks {
       return table + uint16_t(fours[r / 4] >> (16 * (r % 4)));
     };
     if (DIM == 4) {
-      _mm512_store_si512(out, negate(load_dwords(at), signs[0]));
+      sink(code, turn, negate(load_dwords(at), signs[0]));
       return;
     }
     const auto upper = [&](int r) __attribute__((always_inline)) { return at(r + 8); };
     const Wide a = negate(load_qwords(at), signs[0]);
     const Wide b = negate(load_qwords(upper), signs[1]);
-    store_octets(a, b, step, out);
+    give_octets(a, b, 2 * code, sink);
   }
 
   // Its levels, plus 128; of trellis codecs each row twice.
@@ -257,8 +265,9 @@ struct RowBlocks {
   static constexpr int kBlockBytes = P::kBytes;
   static constexpr int kReadBytes = P::kReadBytes;
 
+  template <class Sink>
   static PCDVQ_INLINE void decode(const int8_t* table, const uint8_t* codes, int64_t stride,
-                                  int64_t step, uint8_t* out) {
+                                  Sink&& sink) {
     PieceWords piece;
     for (int i = 0; i < 4; ++i) piece.rows[i] = P::template words<0>(codes + 4 * i * stride, stride);
     Wide transposed[4];
@@ -266,32 +275,32 @@ struct RowBlocks {
     alignas(64) uint16_t rows[8][16];
     for (int i = 0; i < 4; ++i) _mm512_store_si512(rows[2 * i], transposed[i]);
     __asm__("" : "+m"(rows));
-    for (int c = 0; c < 8; ++c, out += 2 * step) {
+    for (int c = 0; c < 8; ++c) {
       const auto lower = [&](int r) __attribute__((always_inline)) {
         return table + 8 * int64_t(rows[c][r]);
       };
       const auto upper = [&](int r) __attribute__((always_inline)) { return lower(r + 8); };
-      store_octets(plus_128(load_qwords(lower)), plus_128(load_qwords(upper)), step, out);
+      give_octets(plus_128(load_qwords(lower)), plus_128(load_qwords(upper)), 2 * c, sink);
     }
   }
 };
 
-// Levels of 16 rows, `stride` bytes apart, of which `at(v)` says where columns 16 v to 16 v + 15 are.
-template <class At>
-PCDVQ_INLINE void store_block(const int8_t* rows, int64_t stride, At at, int64_t step,
-                              uint8_t* out) {
+// From levels of 16 rows, `stride` bytes apart, of which `at(v)` says where columns 16 v to 16 v + 15
+// are.
+template <class At, class Sink>
+PCDVQ_INLINE void give_levels(const uint8_t* rows, int64_t stride, At at, Sink&& sink) {
   for (int v = 0; v < 4; ++v) {
-    const uint8_t* p = reinterpret_cast<const uint8_t*>(rows) + at(v);
     Wide z[4];  // rows i, i + 4, i + 8 and i + 12
-    for (int i = 0; i < 4; ++i) z[i] = plus_128(load_rows(p + i * stride, 4 * stride));
+    for (int i = 0; i < 4; ++i) {
+      z[i] = plus_128(load_rows(rows + at(v) + i * stride, 4 * stride));
+    }
     const Wide low01 = _mm512_unpacklo_epi32(z[0], z[1]), low23 = _mm512_unpacklo_epi32(z[2], z[3]);
     const Wide high01 = _mm512_unpackhi_epi32(z[0], z[1]);
     const Wide high23 = _mm512_unpackhi_epi32(z[2], z[3]);
-    _mm512_store_si512(out, _mm512_unpacklo_epi64(low01, low23));
-    _mm512_store_si512(out + step, _mm512_unpackhi_epi64(low01, low23));
-    _mm512_store_si512(out + 2 * step, _mm512_unpacklo_epi64(high01, high23));
-    _mm512_store_si512(out + 3 * step, _mm512_unpackhi_epi64(high01, high23));
-    out += 4 * step;
+    sink(4 * v, 0, _mm512_unpacklo_epi64(low01, low23));
+    sink(4 * v + 1, 1, _mm512_unpackhi_epi64(low01, low23));
+    sink(4 * v + 2, 0, _mm512_unpacklo_epi64(high01, high23));
+    sink(4 * v + 3, 1, _mm512_unpackhi_epi64(high01, high23));
   }
 }
 
@@ -299,33 +308,57 @@ PCDVQ_INLINE void store_block(const int8_t* rows, int64_t stride, At at, int64_t
 struct Int8Blocks {
   static constexpr int kBlockBytes = kScaleColumns, kReadBytes = kScaleColumns;
 
+  template <class Sink>
   static PCDVQ_INLINE void decode(const int8_t*, const uint8_t* codes, int64_t stride,
-                                  int64_t step, uint8_t* out) {
-    const auto at = [](int v) { return 16 * v; };
-    store_block(reinterpret_cast<const int8_t*>(codes), stride, at, step, out);
+                                  Sink&& sink) {
+    give_levels(codes, stride, [](int v) { return 16 * v; }, sink);
   }
 };
 
-// Blocks [first, first + blocks) of weight rows [row, row + rows), at most 16 of them. Register s of
-// a block follows register s - 1, and a block the one before, `step` bytes later.
+// Where blocks of a strip of weight rows [row, row + rows), at most kBlockRows, are read.
+template <class L>
+struct BlockCodes {
+  const Weights& w;
+  const int64_t row, rows;
+  uint8_t cut[kBlockRows][kScaleColumns];
+
+  // Calls use(codes, stride) for block b.
+  template <class Use>
+  PCDVQ_INLINE void visit(int64_t b, Use use) {
+    const uint8_t* codes = w.qweight + row * w.row_bytes + b * L::kBlockBytes;
+    // A read may end in the next row, but not after the last one.
+    const uint8_t* last = codes + (kBlockRows - 1) * w.row_bytes + L::kReadBytes;
+    const bool whole = rows == kBlockRows && last <= w.qweight + w.n * w.row_bytes;
+    if (!whole) copy(codes, w.row_bytes - b * L::kBlockBytes);
+    use(whole ? codes : cut[0], whole ? w.row_bytes : kScaleColumns);
+  }
+
+ private:
+  __attribute__((noinline)) void copy(const uint8_t* codes, int64_t left) {
+    std::memset(cut, 0, sizeof(cut));
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(cut[r], codes + r * w.row_bytes, size_t(smaller(left, L::kBlockBytes)));
+    }
+  }
+};
+
+struct Store {
+  uint8_t* out;
+  int64_t step;
+
+  PCDVQ_INLINE void operator()(int s, int, Wide levels) const {
+    _mm512_store_si512(out + s * step, levels);
+  }
+};
+
 template <class L>
 void decode_blocks(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t blocks,
                    int64_t step, uint8_t* out) {
-  const uint8_t* codes = w.qweight + row * w.row_bytes;
-  const int64_t readable = (w.n - row) * w.row_bytes;
+  BlockCodes<L> strip = {w, row, rows, {}};
   for (int64_t b = first; b < first + blocks; ++b, out += kBlockSteps * step) {
-    const int64_t byte = b * L::kBlockBytes;
-    // A read may end in the next row, but not after the last one.
-    if (rows == kBlockRows && (kBlockRows - 1) * w.row_bytes + byte + L::kReadBytes <= readable) {
-      L::decode(w.table, codes + byte, w.row_bytes, step, out);
-      continue;
-    }
-    uint8_t cut[kBlockRows][kScaleColumns] = {};
-    const int64_t bytes = smaller(L::kBlockBytes, w.row_bytes - byte);
-    for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(cut[r], codes + r * w.row_bytes + byte, size_t(bytes));
-    }
-    L::decode(w.table, cut[0], kScaleColumns, step, out);
+    strip.visit(b, [&](const uint8_t* codes, int64_t stride) __attribute__((always_inline)) {
+      L::decode(w.table, codes, stride, Store{out, step});
+    });
   }
 }
 
@@ -338,7 +371,7 @@ void decode_other(const Weights& w, int64_t row, int64_t rows, int64_t first, in
     const int64_t half = b % 2;  // of a unit
     if (half == 0 || b == first) decode(w, row, rows, b / 2, 1, panel);
     const auto at = [=](int v) { return 32 * v + 16 * half; };
-    store_block(panel, kPanelColumns, at, step, out);
+    give_levels(reinterpret_cast<const uint8_t*>(panel), kPanelColumns, at, Store{out, step});
   }
 }
 

@@ -18,57 +18,118 @@ PCDVQ_INLINE void add_dots(Wide& sum, Wide levels, Wide x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(levels), "v"(x));
 }
 
-template <int ROWS, int STRIPS>
+// acc += scale * sum, of one block.
+PCDVQ_INLINE void add_scaled(Wide sum, float scale, float* acc) {
+  const __m512 scaled = _mm512_set1_ps(scale);
+  _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scaled, _mm512_loadu_ps(acc)));
+}
+
+PCDVQ_INLINE Wide four_columns(const int8_t* x) { return _mm512_set1_epi32(load_as<int32_t>(x)); }
+
+template <int ROWS>
 PCDVQ_INLINE void block_tile(const BlockTiles& t, int64_t row) {
-  // Sums that take turns, so that the latency of one product does not hold up the next.
-  constexpr int kTurns = ROWS * STRIPS >= 4 ? 1 : 4 / (ROWS * STRIPS);
-  const int8_t* x = t.x.levels + row * t.x.stride;
-  const int64_t first_scale = row * t.x.scale_stride;
-  float* acc = t.acc + row * STRIPS * kBlockRows;
+  constexpr int kStrips = kPanelStrips;
+  const BlockRows x = t.x.from(row, 0);
+  float* acc = t.acc + row * kStrips * kBlockRows;
   const uint8_t* levels = t.levels;
-  for (int64_t b = 0; b < t.blocks; ++b, x += kScaleColumns) {
-    Wide sum[kTurns][ROWS][STRIPS];
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    Wide sum[ROWS][kStrips];
     for (int i = 0; i < ROWS; ++i) {
-      const int32_t start = t.x.corrections[first_scale + i * t.x.scale_stride + b];
-      for (int j = 0; j < STRIPS; ++j) {
-        sum[0][i][j] = _mm512_set1_epi32(start);
-        for (int turn = 1; turn < kTurns; ++turn) sum[turn][i][j] = _mm512_setzero_si512();
-      }
+      for (Wide& start : sum[i]) start = _mm512_set1_epi32(x.corrections[i * x.scale_stride + b]);
     }
 #pragma GCC unroll 4
-    for (int s = 0; s < kBlockSteps; ++s, levels += STRIPS * kStepBytes) {
-      Wide w[STRIPS];
-      for (int j = 0; j < STRIPS; ++j) w[j] = _mm512_load_si512(levels + j * kStepBytes);
+    for (int s = 0; s < kBlockSteps; ++s, levels += kStrips * kStepBytes) {
+      Wide w[kStrips];
+      for (int j = 0; j < kStrips; ++j) w[j] = _mm512_load_si512(levels + j * kStepBytes);
       for (int i = 0; i < ROWS; ++i) {
-        const Wide four = _mm512_set1_epi32(load_as<int32_t>(x + i * t.x.stride + 4 * s));
-        for (int j = 0; j < STRIPS; ++j) add_dots(sum[s % kTurns][i][j], w[j], four);
+        const Wide four = four_columns(x.levels + i * x.stride + b * kScaleColumns + 4 * s);
+        for (int j = 0; j < kStrips; ++j) add_dots(sum[i][j], w[j], four);
       }
     }
     for (int i = 0; i < ROWS; ++i) {
-      const __m512 scale = _mm512_set1_ps(t.x.scales[first_scale + i * t.x.scale_stride + b]);
-      for (int j = 0; j < STRIPS; ++j) {
-        Wide all = sum[0][i][j];
-        for (int turn = 1; turn < kTurns; ++turn) all = _mm512_add_epi32(all, sum[turn][i][j]);
-        float* out = acc + (i * STRIPS + j) * kBlockRows;
-        const __m512 more = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), scale, _mm512_loadu_ps(out));
-        _mm512_storeu_ps(out, more);
+      const float scale = x.scales[i * x.scale_stride + b];
+      for (int j = 0; j < kStrips; ++j) {
+        add_scaled(sum[i][j], scale, acc + (i * kStrips + j) * kBlockRows);
       }
     }
   }
 }
 
 // Tiles of MOST rows, then the rest.
-template <int MOST, int STRIPS>
-void block_tiles(const BlockTiles& t, int64_t row = 0) {
-  for (; row + MOST <= t.rows; row += MOST) block_tile<MOST, STRIPS>(t, row);
+template <int MOST>
+void block_tiles(const BlockTiles& t, int64_t row) {
+  for (; row + MOST <= t.rows; row += MOST) block_tile<MOST>(t, row);
   if constexpr (MOST > 1) {
-    if (row < t.rows) block_tiles<MOST - 1, STRIPS>(t, row);
+    if (row < t.rows) block_tiles<MOST - 1>(t, row);
   }
 }
 
-// 24 accumulators at most, of 32 registers.
-void accumulate_blocks(const BlockTiles& t) {
-  (t.strips == 1 ? block_tiles<8, 1> : block_tiles<6, kPanelStrips>)(t, 0);
+// 24 accumulators, of 32 registers.
+void accumulate_blocks(const BlockTiles& t) { block_tiles<6>(t, 0); }
+
+// Sums of a block and ROWS rows of activations; a sink, which multiplies steps as they are decoded.
+template <int ROWS>
+class BlockSums {
+ public:
+  PCDVQ_INLINE BlockSums(const BlockRows& x, int64_t block) : x_(x), block_(block) {
+    for (int i = 0; i < ROWS; ++i) {
+      sums_[i][0] = _mm512_set1_epi32(x.corrections[i * x.scale_stride + block]);
+      for (int t = 1; t < kTurns; ++t) sums_[i][t] = _mm512_setzero_si512();
+    }
+  }
+
+  PCDVQ_INLINE void operator()(int s, int turn, Wide levels) {
+    const int8_t* x = x_.levels + block_ * kScaleColumns + 4 * s;
+    for (int i = 0; i < ROWS; ++i) {
+      add_dots(sums_[i][turn % kTurns], levels, four_columns(x + i * x_.stride));
+    }
+  }
+
+  // acc: [ROWS, kBlockRows]
+  PCDVQ_INLINE void add_to(float* acc) const {
+    for (int i = 0; i < ROWS; ++i) {
+      Wide sum = sums_[i][0];
+      for (int t = 1; t < kTurns; ++t) sum = _mm512_add_epi32(sum, sums_[i][t]);
+      add_scaled(sum, x_.scales[i * x_.scale_stride + block_], acc + i * kBlockRows);
+    }
+  }
+
+ private:
+  static constexpr int kTurns = ROWS == 1 ? 2 : 1;  // so that a product need not wait for the last
+  const BlockRows& x_;
+  const int64_t block_;
+  Wide sums_[ROWS][kTurns];
+};
+
+template <class L, int ROWS>
+void dot_blocks(const Weights& w, int64_t row, int64_t rows, const BlockRows& x, float* acc) {
+  BlockCodes<L> strip = {w, row, rows, {}};
+  const int64_t below = kBlockRows * w.row_bytes;
+  for (int64_t b = 0; b * kScaleColumns < w.k; ++b) {
+    strip.visit(b, [&](const uint8_t* codes, int64_t stride) __attribute__((always_inline)) {
+      // The hardware does not follow as many rows. Addresses past the weights are harmless.
+      for (int r = 0; r < kBlockRows; ++r) __builtin_prefetch(codes + below + r * stride);
+      BlockSums<ROWS> sums(x, b);
+      L::decode(w.table, codes, stride, sums);
+      sums.add_to(acc);
+    });
+  }
+}
+
+// The same of any layout, by its other decoder.
+template <int ROWS>
+void dot_other(const Weights& w, int64_t row, int64_t rows, const BlockRows& x, float* acc) {
+  alignas(64) uint8_t levels[2 * kBlockSteps * kStepBytes];  // of a unit
+  for (int64_t b = 0; b * kScaleColumns < w.k; ++b) {
+    if (b % 2 == 0) decode_other(w, row, rows, b, 2, kStepBytes, levels);
+    const uint8_t* step = levels + b % 2 * kBlockSteps * kStepBytes;
+    BlockSums<ROWS> sums(x, b);
+    for (int s = 0; s < kBlockSteps; s += 2, step += 2 * kStepBytes) {
+      sums(s, 0, load_wide(step));
+      sums(s + 1, 1, load_wide(step + kStepBytes));
+    }
+    sums.add_to(acc);
+  }
 }
 
 void quantize_blocks(float* x, int64_t columns, const BlockRows& out) {
@@ -114,11 +175,18 @@ void finish_blocks(const float* acc, const float* row_scale, const float* bias, 
   }
 }
 
+template <class L>
+BlockDecoder block_decoder(void (*expand)(const int8_t*, int8_t*)) {
+  return {decode_blocks<L>,
+          {dot_blocks<L, 1>, dot_blocks<L, 2>, dot_blocks<L, 4>, dot_blocks<L, 8>},
+          expand};
+}
+
 template <int DIM, int CODE_BITS, bool PARITY, int STATES = 0>
 bool match_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
   using L = LookupBlocks<DIM, CODE_BITS, PARITY, STATES>;
   const bool same = is_lookup<DIM, CODE_BITS, PARITY, STATES>(layout);
-  if (same) *decoder = {decode_blocks<L>, L::expand};
+  if (same) *decoder = block_decoder<L>(L::expand);
   return same;
 }
 
@@ -132,9 +200,11 @@ BlockDecoder find_block_decoder(const PcdvqLayout& layout) {
       match_blocks<4, 16, false, 2>(layout, &decoder)) {
     return decoder;
   }
-  if (is_direct<8, 16>(layout)) return {decode_blocks<RowBlocks>, nullptr};
-  if (is_direct<1, 8>(layout)) return {decode_blocks<Int8Blocks>, nullptr};
-  return {decode_other, find_decoder(layout).expand};
+  if (is_direct<8, 16>(layout)) return block_decoder<RowBlocks>(nullptr);
+  if (is_direct<1, 8>(layout)) return block_decoder<Int8Blocks>(nullptr);
+  return {decode_other,
+          {dot_other<1>, dot_other<2>, dot_other<4>, dot_other<8>},
+          find_decoder(layout).expand};
 }
 
 constexpr BlockKernels kBlockKernels = {find_block_decoder, quantize_blocks, accumulate_blocks,

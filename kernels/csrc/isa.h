@@ -44,11 +44,21 @@ using BlocksFn = void (*)(const Weights&, int64_t row, int64_t rows, int64_t fir
 
 // Rows of int8 activations for blocks, in the order of columns.
 struct BlockRows {
-  int8_t* levels;       // [rows, stride]
-  float* scales;        // [rows, scale_stride], one for each block
-  int32_t* corrections; // likewise: -128 times the sum of a block's levels
+  int8_t* levels;        // [rows, stride]
+  float* scales;         // [rows, scale_stride], one for each block
+  int32_t* corrections;  // likewise: -128 times the sum of a block's levels
   int64_t stride, scale_stride;
+
+  BlockRows from(int64_t row, int64_t block) const {
+    const int64_t at = row * scale_stride + block;
+    return {levels + row * stride + block * kScaleColumns, scales + at, corrections + at, stride,
+            scale_stride};
+  }
 };
+
+// acc [x_rows, kBlockRows] += x times weight rows [row, row + rows), at most kBlockRows.
+using BlockDotFn = void (*)(const Weights&, int64_t row, int64_t rows, const BlockRows& x,
+                            float* acc);
 
 // Decodes units [first, first + units) of weight rows [row, row + rows) into panel
 // [rows, kPanelColumns]. What it writes for columns past K is any level.
@@ -90,17 +100,20 @@ struct Decoder {
 
 struct BlockDecoder {
   BlocksFn decode;
+  BlockDotFn dot[4];                                       // for 1, 2, 4 and 8 rows of x
   void (*expand)(const int8_t* codewords, int8_t* table);  // as above
 };
 
-// Activations against the blocks of one or kPanelStrips strips of kBlockRows weight rows.
+// Strips of kBlockRows weight rows that share reads of activations.
+constexpr int64_t kPanelStrips = 4;
+
+// Activations against the blocks of kPanelStrips strips.
 struct BlockTiles {
   BlockRows x;  // from the first block on
-  int64_t rows, blocks, strips;
-  const uint8_t* levels;  // [blocks, kBlockSteps, strips, kStepBytes]
-  float* acc;             // [rows, strips, kBlockRows]
+  int64_t rows, blocks;
+  const uint8_t* levels;  // [blocks, kBlockSteps, kPanelStrips, kStepBytes]
+  float* acc;             // [rows, kPanelStrips, kBlockRows]
 };
-constexpr int64_t kPanelStrips = 4;
 
 // Activations of a panel's columns against the panel, in the order of units.
 struct Tiles {

@@ -20,8 +20,14 @@ inline Wide join(__m256i low, __m256i high) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
+// Where `negative` is set.
+PCDVQ_INLINE Wide negate_levels(Wide levels, uint64_t negative) {
+  return _mm512_mask_sub_epi8(levels, negative, _mm512_setzero_si512(), levels);
+}
+
 // 16 bytes at p, p + stride, p + 2 stride and p + 3 stride.
 PCDVQ_INLINE Wide load_rows(const uint8_t* p, int64_t stride) {
+  if (__builtin_constant_p(stride) && stride == 16) return load_wide(p);
   return join(load_halves(p, p + stride), load_halves(p + 2 * stride, p + 3 * stride));
 }
 
@@ -146,6 +152,14 @@ struct Piece {
   }
 };
 
+// Codes of a block as they are, row after row.
+template <int BLOCK_BYTES>
+void pack_rows(const uint8_t* codes, int64_t stride, uint8_t* out) {
+  for (int r = 0; r < kBlockRows; ++r) {
+    std::memcpy(out + r * BLOCK_BYTES, codes + r * stride, BLOCK_BYTES);
+  }
+}
+
 // Signed codecs (STATES 0) and trellis codecs, as in lookup.h.
 template <int DIM, int CODE_BITS, bool PARITY, int STATES>
 struct LookupBlocks {
@@ -160,6 +174,8 @@ struct LookupBlocks {
   static constexpr int kPieces = 8 / DIM;
   static constexpr int kBlockBytes = kPieces * P::kBytes;
   static constexpr int kReadBytes = kBlockBytes - P::kBytes + P::kReadBytes;
+
+  static constexpr auto pack = pack_rows<kBlockBytes>;
 
   static PCDVQ_INLINE Wide set(int value) { return _mm512_set1_epi16(int16_t(value)); }
 
@@ -224,11 +240,6 @@ struct LookupBlocks {
     }
   }
 
-  // 16 levels of a code where `signs` has set bits are negated.
-  static PCDVQ_INLINE Wide negate(Wide levels, uint64_t signs) {
-    return _mm512_mask_sub_epi8(levels, signs, _mm512_setzero_si512(), levels);
-  }
-
   // The levels of a code of 16 rows, the block's number `code`.
   template <class Sink>
   static PCDVQ_INLINE void levels(const int8_t* table, const uint16_t* offsets,
@@ -240,12 +251,12 @@ struct LookupBlocks {
       return table + uint16_t(fours[r / 4] >> (16 * (r % 4)));
     };
     if (DIM == 4) {
-      sink(code, turn, negate(load_dwords(at), signs[0]));
+      sink(code, turn, negate_levels(load_dwords(at), signs[0]));
       return;
     }
     const auto upper = [&](int r) __attribute__((always_inline)) { return at(r + 8); };
-    const Wide a = negate(load_qwords(at), signs[0]);
-    const Wide b = negate(load_qwords(upper), signs[1]);
+    const Wide a = negate_levels(load_qwords(at), signs[0]);
+    const Wide b = negate_levels(load_qwords(upper), signs[1]);
     give_octets(a, b, 2 * code, sink);
   }
 
@@ -264,6 +275,7 @@ struct RowBlocks {
   using P = Piece<16, 0>;
   static constexpr int kBlockBytes = P::kBytes;
   static constexpr int kReadBytes = P::kReadBytes;
+  static constexpr auto pack = pack_rows<kBlockBytes>;
 
   template <class Sink>
   static PCDVQ_INLINE void decode(const int8_t* table, const uint8_t* codes, int64_t stride,
@@ -307,6 +319,7 @@ PCDVQ_INLINE void give_levels(const uint8_t* rows, int64_t stride, At at, Sink&&
 // Codes that are the levels, but for -128.
 struct Int8Blocks {
   static constexpr int kBlockBytes = kScaleColumns, kReadBytes = kScaleColumns;
+  static constexpr auto pack = pack_rows<kBlockBytes>;
 
   template <class Sink>
   static PCDVQ_INLINE void decode(const int8_t*, const uint8_t* codes, int64_t stride,
@@ -315,29 +328,39 @@ struct Int8Blocks {
   }
 };
 
-// Where blocks of a strip of weight rows [row, row + rows), at most kBlockRows, are read.
+// The codes of a block, zeros where the weight has none.
 template <class L>
+__attribute__((noinline)) void copy_block(const Weights& w, int64_t row, int64_t rows, int64_t block,
+                                          uint8_t (&out)[kBlockRows][kScaleColumns]) {
+  const int64_t first = block * L::kBlockBytes;
+  std::memset(out, 0, sizeof(out));
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* codes = w.qweight + (row + r) * w.row_bytes + first;
+    std::memcpy(out[r], codes, size_t(smaller(L::kBlockBytes, w.row_bytes - first)));
+  }
+}
+
+// Where blocks of a strip of weight rows [row, row + rows), at most kBlockRows, are read.
+template <class L, bool PACKED>
 struct BlockCodes {
   const Weights& w;
   const int64_t row, rows;
   uint8_t cut[kBlockRows][kScaleColumns];
 
-  // Calls use(codes, stride) for block b.
+  // Calls use(codes, bytes between rows) for block b.
   template <class Use>
   PCDVQ_INLINE void visit(int64_t b, Use use) {
-    const uint8_t* codes = w.qweight + row * w.row_bytes + b * L::kBlockBytes;
-    // A read may end in the next row, but not after the last one.
-    const uint8_t* last = codes + (kBlockRows - 1) * w.row_bytes + L::kReadBytes;
-    const bool whole = rows == kBlockRows && last <= w.qweight + w.n * w.row_bytes;
-    if (!whole) copy(codes, w.row_bytes - b * L::kBlockBytes);
-    use(whole ? codes : cut[0], whole ? w.row_bytes : kScaleColumns);
-  }
-
- private:
-  __attribute__((noinline)) void copy(const uint8_t* codes, int64_t left) {
-    std::memset(cut, 0, sizeof(cut));
-    for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(cut[r], codes + r * w.row_bytes, size_t(smaller(left, L::kBlockBytes)));
+    if constexpr (PACKED) {
+      const int64_t blocks = (w.k + kScaleColumns - 1) / kScaleColumns;
+      const int64_t block = row / kBlockRows * blocks + b;
+      use(w.qweight + block * kBlockRows * L::kBlockBytes, int64_t(L::kBlockBytes));
+    } else {
+      const uint8_t* codes = w.qweight + row * w.row_bytes + b * L::kBlockBytes;
+      // A read may end in the next row, but not after the last one.
+      const uint8_t* last = codes + (kBlockRows - 1) * w.row_bytes + L::kReadBytes;
+      const bool whole = rows == kBlockRows && last <= w.qweight + w.n * w.row_bytes;
+      if (!whole) copy_block<L>(w, row, rows, b, cut);
+      use(whole ? codes : cut[0], whole ? w.row_bytes : kScaleColumns);
     }
   }
 };
@@ -351,14 +374,25 @@ struct Store {
   }
 };
 
-template <class L>
+template <class L, bool PACKED>
 void decode_blocks(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t blocks,
                    int64_t step, uint8_t* out) {
-  BlockCodes<L> strip = {w, row, rows, {}};
+  BlockCodes<L, PACKED> strip = {w, row, rows, {}};
   for (int64_t b = first; b < first + blocks; ++b, out += kBlockSteps * step) {
     strip.visit(b, [&](const uint8_t* codes, int64_t stride) __attribute__((always_inline)) {
       L::decode(w.table, codes, stride, Store{out, step});
     });
+  }
+}
+
+// Strip `strip` in the order in which blocks are decoded.
+template <class L>
+void pack_strip(const Weights& w, int64_t strip, uint8_t* out) {
+  const int64_t row = strip * kBlockRows, rows = smaller(kBlockRows, w.n - row);
+  for (int64_t b = 0; b * kScaleColumns < w.k; ++b, out += kBlockRows * L::kBlockBytes) {
+    uint8_t codes[kBlockRows][kScaleColumns];
+    copy_block<L>(w, row, rows, b, codes);
+    L::pack(codes[0], kScaleColumns, out);
   }
 }
 

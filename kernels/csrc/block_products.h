@@ -7,7 +7,7 @@
 // be -128: the sums still fit, and their scale makes the output NaN or infinite.)
 #pragma once
 
-#include "block_decode.h"
+#include "block_planes.h"
 #include "quantize.h"
 
 namespace pcdvq {
@@ -101,14 +101,23 @@ class BlockSums {
   Wide sums_[ROWS][kTurns];
 };
 
-template <class L, int ROWS>
+// How far ahead packed codes are fetched.
+constexpr int64_t kAheadBytes = 4096;
+
+template <class L, bool PACKED, int ROWS>
 void dot_blocks(const Weights& w, int64_t row, int64_t rows, const BlockRows& x, float* acc) {
-  BlockCodes<L> strip = {w, row, rows, {}};
+  BlockCodes<L, PACKED> strip = {w, row, rows, {}};
   const int64_t below = kBlockRows * w.row_bytes;
   for (int64_t b = 0; b * kScaleColumns < w.k; ++b) {
     strip.visit(b, [&](const uint8_t* codes, int64_t stride) __attribute__((always_inline)) {
-      // The hardware does not follow as many rows. Addresses past the weights are harmless.
-      for (int r = 0; r < kBlockRows; ++r) __builtin_prefetch(codes + below + r * stride);
+      // Addresses past the weights are harmless.
+      if (PACKED) {
+        for (int i = 0; i < kBlockRows * L::kBlockBytes; i += 64) {
+          __builtin_prefetch(codes + kAheadBytes + i);
+        }
+      } else {  // the hardware does not follow as many rows
+        for (int r = 0; r < kBlockRows; ++r) __builtin_prefetch(codes + below + r * stride);
+      }
       BlockSums<ROWS> sums(x, b);
       L::decode(w.table, codes, stride, sums);
       sums.add_to(acc);
@@ -132,18 +141,28 @@ void dot_other(const Weights& w, int64_t row, int64_t rows, const BlockRows& x, 
   }
 }
 
-void quantize_blocks(float* x, int64_t columns, const BlockRows& out) {
+// In the order of steps, of which each has coordinate j of four codes of DIM columns.
+template <int DIM>
+void order_levels(const int16_t* integers, int8_t* levels) {
+  for (int64_t i = 0; i < kScaleColumns; i += 4 * DIM) {
+    for (int64_t j = 0; j < 4 * DIM; ++j) {
+      levels[i + j] = int8_t(integers[i + (j % 4) * DIM + j / 4]);
+    }
+  }
+}
+
+void quantize_blocks(float* x, int64_t columns, int64_t order_dim, const BlockRows& out) {
   for (; columns % kScaleColumns; ++columns) x[columns] = 0.0f;
   for (int64_t b = 0; b * kScaleColumns < columns; ++b) {
     int16_t integers[kScaleColumns];
     out.scales[b] = quantize_scale(x + b * kScaleColumns, 127.0f, integers);
     int8_t* levels = out.levels + b * kScaleColumns;
     int32_t sum = 0;
-    for (int64_t i = 0; i < kScaleColumns; ++i) {
-      levels[i] = int8_t(integers[i]);
-      sum += levels[i];
-    }
+    for (int64_t i = 0; i < kScaleColumns; ++i) sum += integers[i];
     out.corrections[b] = -128 * sum;
+    if (order_dim == 8) order_levels<8>(integers, levels);
+    if (order_dim == 4) order_levels<4>(integers, levels);
+    if (order_dim == 0) order_levels<1>(integers, levels);
   }
 }
 
@@ -175,36 +194,67 @@ void finish_blocks(const float* acc, const float* row_scale, const float* bias, 
   }
 }
 
-template <class L>
-BlockDecoder block_decoder(void (*expand)(const int8_t*, int8_t*)) {
-  return {decode_blocks<L>,
-          {dot_blocks<L, 1>, dot_blocks<L, 2>, dot_blocks<L, 4>, dot_blocks<L, 8>},
-          expand};
+template <class L, bool PACKED>
+BlockDecoder block_decoder(void (*expand)(const int8_t*, int8_t*), int64_t order_dim = 0) {
+  return {decode_blocks<L, PACKED>,
+          {dot_blocks<L, PACKED, 1>, dot_blocks<L, PACKED, 4>, dot_blocks<L, PACKED, 8>},
+          expand,
+          PACKED ? pack_strip<L> : nullptr,
+          kBlockRows * L::kBlockBytes,
+          order_dim};
 }
 
-template <int DIM, int CODE_BITS, bool PARITY, int STATES = 0>
+// Codes of 8 bits beside the signs whose tables have 512 entries a coordinate.
+template <int DIM, int CODE_BITS, bool PARITY, int STATES>
+constexpr bool is_planes() {
+  return CODE_BITS == 8 + DIM && PARITY && STATES == (STATES ? log2_of(DIM) : 0);
+}
+
+template <int DIM, int CODE_BITS, bool PARITY, int STATES, bool PACKED>
 bool match_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
-  using L = LookupBlocks<DIM, CODE_BITS, PARITY, STATES>;
-  const bool same = is_lookup<DIM, CODE_BITS, PARITY, STATES>(layout);
-  if (same) *decoder = block_decoder<L>(L::expand);
-  return same;
+  if (!is_lookup<DIM, CODE_BITS, PARITY, STATES>(layout)) return false;
+  if constexpr (PACKED && is_planes<DIM, CODE_BITS, PARITY, STATES>()) {
+    using L = PlaneBlocks<DIM, STATES>;
+    *decoder = block_decoder<L, PACKED>(L::expand, DIM);
+  } else {
+    using L = LookupBlocks<DIM, CODE_BITS, PARITY, STATES>;
+    *decoder = block_decoder<L, PACKED>(L::expand);
+  }
+  return true;
 }
 
-BlockDecoder find_block_decoder(const PcdvqLayout& layout) {
-  BlockDecoder decoder;
-  if (match_blocks<8, 16, true>(layout, &decoder) || match_blocks<8, 18, true>(layout, &decoder) ||
-      match_blocks<4, 12, true>(layout, &decoder) || match_blocks<4, 16, false>(layout, &decoder) ||
-      match_blocks<8, 16, true, 3>(layout, &decoder) ||
-      match_blocks<8, 18, true, 3>(layout, &decoder) ||
-      match_blocks<4, 12, true, 3>(layout, &decoder) ||
-      match_blocks<4, 16, false, 2>(layout, &decoder)) {
-    return decoder;
+template <bool PACKED>
+bool find_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
+  if (match_blocks<8, 16, true, 0, PACKED>(layout, decoder) ||
+      match_blocks<8, 18, true, 0, PACKED>(layout, decoder) ||
+      match_blocks<4, 12, true, 0, PACKED>(layout, decoder) ||
+      match_blocks<4, 16, false, 0, PACKED>(layout, decoder) ||
+      match_blocks<8, 16, true, 3, PACKED>(layout, decoder) ||
+      match_blocks<8, 18, true, 3, PACKED>(layout, decoder) ||
+      match_blocks<4, 12, true, 3, PACKED>(layout, decoder) ||
+      match_blocks<4, 16, false, 2, PACKED>(layout, decoder)) {
+    return true;
   }
-  if (is_direct<8, 16>(layout)) return block_decoder<RowBlocks>(nullptr);
-  if (is_direct<1, 8>(layout)) return block_decoder<Int8Blocks>(nullptr);
-  return {decode_other,
-          {dot_other<1>, dot_other<2>, dot_other<4>, dot_other<8>},
-          find_decoder(layout).expand};
+  if (is_direct<8, 16>(layout) && !layout.pyramid_rows) {
+    *decoder = block_decoder<RowBlocks, PACKED>(nullptr);
+    return true;
+  }
+  if (is_direct<1, 8>(layout)) {
+    *decoder = block_decoder<Int8Blocks, PACKED>(nullptr);
+    return true;
+  }
+  return false;
+}
+
+BlockDecoder find_block_decoder(const PcdvqLayout& layout, bool packed) {
+  BlockDecoder decoder = {};
+  if (packed) {
+    find_blocks<true>(layout, &decoder);
+  } else if (!find_blocks<false>(layout, &decoder)) {
+    decoder = {decode_other, {dot_other<1>, dot_other<4>, dot_other<8>},
+               find_decoder(layout).expand, nullptr, 0, 0};
+  }
+  return decoder;
 }
 
 constexpr BlockKernels kBlockKernels = {find_block_decoder, quantize_blocks, accumulate_blocks,

@@ -29,7 +29,7 @@ const Kernels* kernels_for(int32_t isa) {
 
 }  // namespace pcdvq
 
-void pcdvq_struct_bytes(int64_t bytes[7]) {
+void pcdvq_struct_bytes(int64_t bytes[8]) {
   bytes[0] = sizeof(PcdvqLinear);
   bytes[1] = sizeof(PcdvqEmbedding);
   bytes[2] = sizeof(PcdvqMoe);
@@ -37,6 +37,7 @@ void pcdvq_struct_bytes(int64_t bytes[7]) {
   bytes[4] = sizeof(PcdvqTrellis);
   bytes[5] = sizeof(PcdvqVptqSegment);
   bytes[6] = sizeof(PcdvqVptq);
+  bytes[7] = sizeof(PcdvqPrepack);
 }
 
 int32_t pcdvq_best_isa() {

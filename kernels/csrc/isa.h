@@ -25,8 +25,8 @@ constexpr int64_t kSegmentRows = 16;
 constexpr int64_t kMaxStates = 16;
 
 struct Weights {
-  const uint8_t* qweight;  // [n, row_bytes]
-  const int8_t* table;     // what Decoder::expand made, or the codewords
+  const uint8_t* qweight;  // [n, row_bytes], or packed for BlockDecoder
+  const int8_t* table;     // what `expand` made, or the codewords
   int64_t n, k, row_bytes;
   PcdvqLayout layout;
 };
@@ -42,7 +42,7 @@ constexpr int64_t kStepBytes = 4 * kBlockRows;
 using BlocksFn = void (*)(const Weights&, int64_t row, int64_t rows, int64_t first, int64_t blocks,
                           int64_t step, uint8_t* levels);
 
-// Rows of int8 activations for blocks, in the order of columns.
+// Rows of int8 activations for blocks, in the order of steps.
 struct BlockRows {
   int8_t* levels;        // [rows, stride]
   float* scales;         // [rows, scale_stride], one for each block
@@ -100,8 +100,15 @@ struct Decoder {
 
 struct BlockDecoder {
   BlocksFn decode;
-  BlockDotFn dot[4];                                       // for 1, 2, 4 and 8 rows of x
+  BlockDotFn dot[3];                                       // for 1, 4 and 8 rows of x
   void (*expand)(const int8_t* codewords, int8_t* table);  // as above
+
+  // Of packed codes only. A packed weight is [strips of kBlockRows rows][blocks][block_bytes].
+  void (*pack)(const Weights& rows, int64_t strip, uint8_t* out);  // one strip
+  int64_t block_bytes;
+
+  // Steps have a coordinate of four codes of so many columns each; 0: four columns in order.
+  int64_t order_dim;
 };
 
 // Strips of kBlockRows weight rows that share reads of activations.
@@ -147,10 +154,11 @@ struct VptqStrip {
 };
 
 struct BlockKernels {
-  BlockDecoder (*decoder)(const PcdvqLayout&);
+  // Of packed codes or rows of codes; `decode` is null where the layout is not packed.
+  BlockDecoder (*decoder)(const PcdvqLayout&, bool packed);
 
   // Quantizes `columns` rotated activations, in the order of columns; `x` has room for whole blocks.
-  void (*quantize)(float* x, int64_t columns, const BlockRows& out);
+  void (*quantize)(float* x, int64_t columns, int64_t order_dim, const BlockRows& out);
 
   // acc += x times the blocks.
   void (*accumulate)(const BlockTiles&);

@@ -229,6 +229,7 @@ struct Panels {
 
 PcdvqStatus Linear::run() const {
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, panels())));
+  if (p.packed && !Blocks::takes(p, kernels)) return PCDVQ_NO_ISA;
   if (floats) return Panels<float>(*this).run(threads);
   if (kernels.blocks && p.layout.activations == PCDVQ_INT8) return Blocks(*this, threads).run(threads);
   if (p.m > kDotRows || !decoder.dots) return Panels<int16_t>(*this).run(threads);

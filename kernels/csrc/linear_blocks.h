@@ -14,7 +14,7 @@ struct Blocks {
   const int64_t blocks;  // of columns
   const int64_t strips;  // of weight rows
   const int64_t rows;    // of activations that share a decode
-  const int few;         // log2 of the rows that are multiplied as strips are decoded, or kMany
+  const int few;         // which dot of the decoder takes the rows, or kMany
   const int64_t copies;  // of the prepared activations
   // An odd number of blocks, or rows of activations would share sets of the first-level cache.
   const int64_t stride;
@@ -22,7 +22,7 @@ struct Blocks {
   Buffer<float> scales;         // [copies, padded rows, blocks]
   Buffer<int32_t> corrections;  // likewise
 
-  static constexpr int kMany = 4;
+  static constexpr int kMany = 3;
   // Blocks decoded at a time: with those of kPanelStrips strips they take half of a 32 KiB cache.
   static constexpr int64_t kChunk = 4;
   static constexpr int64_t kPanelOutputs = kPanelStrips * kBlockRows;
@@ -40,18 +40,24 @@ struct Blocks {
       : linear(l),
         p(l.p),
         kernels(*l.kernels.blocks),
-        decoder(kernels.decoder(p.layout)),
+        decoder(kernels.decoder(p.layout, p.packed)),
         blocks((p.k + kScaleColumns - 1) / kScaleColumns),
         strips((p.n + kBlockRows - 1) / kBlockRows),
         rows(std::min(p.m, kSharingRows)),
-        few(p.m == 1 ? 0 : p.m == 2 ? 1 : p.m <= 4 ? 2 : p.m <= 8 ? 3 : kMany),
+        few(p.m == 1 ? 0 : p.m <= 4 ? 1 : p.m <= 8 ? 2 : kMany),
         copies(p.m == 1 ? threads : 1),
         stride(kScaleColumns * (blocks | 1)),
         levels(allocate<int8_t>(copies * padded_rows() * stride)),
         scales(allocate<float>(copies * padded_rows() * blocks)),
         corrections(allocate<int32_t>(copies * padded_rows() * blocks)) {}
 
-  int64_t padded_rows() const { return few == kMany ? rows : int64_t(1) << few; }
+  // Whether these kernels take a weight packed as this one.
+  static bool takes(const PcdvqLinear& p, const Kernels& kernels) {
+    return kernels.blocks && p.layout.activations == PCDVQ_INT8 &&
+           kernels.blocks->decoder(p.layout, true).decode;
+  }
+
+  int64_t padded_rows() const { return few == kMany ? rows : few == 0 ? 1 : 4 * few; }
 
   BlockRows activations() const {
     return {levels.get(), scales.get(), corrections.get(), stride, blocks};
@@ -61,7 +67,7 @@ struct Blocks {
   void prepare(int64_t m, int64_t run, int64_t row, float* rotated) const {
     const int64_t columns = linear.rotate(m, run, rotated);
     const int64_t first = run * linear.rotate_run();
-    kernels.quantize(rotated, columns, activations().from(row, first / kScaleColumns));
+    kernels.quantize(rotated, columns, decoder.order_dim, activations().from(row, first / kScaleColumns));
   }
 
   // Outputs [m0, m0 + count) x [n0, n0 + outputs).
@@ -89,6 +95,7 @@ struct Blocks {
   // Fetches the codes of a chunk of a strip: the hardware does not follow as many rows. Addresses past
   // the end of the weights are harmless.
   void prefetch(int64_t index, int64_t block) const {
+    if (p.packed) return;
     const int64_t first = block * p.row_bytes / blocks;
     const int64_t last = first + kChunk * p.row_bytes / blocks;
     for (int64_t r = 0; r < kBlockRows; ++r) {

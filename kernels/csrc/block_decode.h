@@ -353,7 +353,13 @@ struct BlockCodes {
     if constexpr (PACKED) {
       const int64_t blocks = (w.k + kScaleColumns - 1) / kScaleColumns;
       const int64_t block = row / kBlockRows * blocks + b;
-      use(w.qweight + block * kBlockRows * L::kBlockBytes, int64_t(L::kBlockBytes));
+      constexpr int64_t kBytes = kBlockRows * L::kBlockBytes;
+      const uint8_t* codes = w.qweight + block * kBytes;
+      if (L::kReadBytes > L::kBlockBytes && b + 1 == blocks && row + kBlockRows >= w.n) {
+        std::memcpy(cut, codes, kBytes);  // the last block: a read would end after it
+        codes = cut[0];
+      }
+      use(codes, int64_t(L::kBlockBytes));
     } else {
       const uint8_t* codes = w.qweight + row * w.row_bytes + b * L::kBlockBytes;
       // A read may end in the next row, but not after the last one.

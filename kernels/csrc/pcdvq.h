@@ -122,7 +122,7 @@ struct PcdvqTrellis {
 struct PcdvqLinearShape {
   PcdvqLayout layout;
   int64_t k, row_bytes, codewords;
-  int64_t block_bytes;  // of a packed weight, or 0
+  int64_t block_bytes;  // of a packed weight
 };
 
 // Functions of torch's stable C interface, by their names there; all return 0 for success.

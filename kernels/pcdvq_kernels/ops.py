@@ -133,8 +133,9 @@ def prepack_weight(qweight: Tensor, codewords: Tensor, layout: Layout, in_featur
     (`cpu.prepack`), which `pcdvq::embedding` does not take.
     """
     if not prepacks(qweight.device):
-        on_cpu = qweight.device.type == "cpu" and cpu.available()
-        return cpu.prepack(qweight, layout.to_ints(), in_features) if on_cpu else qweight
+        if qweight.dim() == 3 or qweight.device.type != "cpu" or not cpu.available():
+            return qweight
+        return cpu.prepack(qweight, layout.to_ints(), in_features)
     from pcdvq_kernels.triton import prepack
 
     return prepack.prepack_weight(qweight, codewords, layout.to_ints(), in_features)

@@ -305,8 +305,9 @@ def test_repository_of_the_hub(hub_engine: tuple[Hub, ProcessPoolExecutor], tmp_
 
 
 @pytest.mark.parametrize("embeddings", [None, INT8], ids=["embeddings left", "8 bits"])
+@pytest.mark.parametrize("activations", ["float", "int8"])
 def test_dummy_weights_and_reload(
-    embeddings: CodebookSpec | None, engine: ProcessPoolExecutor, tmp_path: Path
+    activations: str, embeddings: CodebookSpec | None, engine: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
     """Dummy weights serve; real ones, and other real ones, can take their place."""
     paths = [tmp_path / "a", tmp_path / "b"]
@@ -314,6 +315,8 @@ def test_dummy_weights_and_reload(
         write_random_checkpoint(path, tiny_llama(), seed=seed, embeddings=embeddings)
         for seed, path in enumerate(paths)
     ]
+    for path in paths:
+        change_config(path, activations=activations)
     dummy, *reloaded = engine.submit(
         generate_and_reload,
         paths[0],
@@ -323,8 +326,9 @@ def test_dummy_weights_and_reload(
         load_format="dummy",
     ).result()
     assert len(dummy) == len(PROMPTS)
+    rounded = {"float": torch.float32, "int8": torch.bfloat16}[activations]  # of a like error
     for generations, model in zip(reloaded, [*models, models[0]], strict=True):
-        check(generations, model)
+        check(generations, model, rounded)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -32,11 +32,18 @@ struct PlaneBlocks {
     return (state << kBaseBits | base) << 1 | parity;
   }
 
+  static constexpr int kCodewordBytes = DIM * kEntries;
+
   // [DIM][kEntries], levels plus 128.
   static void expand(const int8_t* codewords, int8_t* table) {
-    for (int j = 0; j < DIM; ++j, table += kEntries) {
+    using Row = std::conditional_t<DIM == 8, uint64_t, uint32_t>;
+    Row rows[kEntries];
+    for (int entry = 0; entry < kEntries; ++entry) {
+      rows[entry] = load_as<Row>(codewords + codeword(entry) * DIM) ^ Row(0x8080808080808080);
+    }
+    for (int j = 0; j < DIM; ++j) {
       for (int entry = 0; entry < kEntries; ++entry) {
-        table[entry] = int8_t(codewords[codeword(entry) * DIM + j] ^ 0x80);
+        table[j * kEntries + entry] = int8_t(rows[entry] >> (8 * j));
       }
     }
   }

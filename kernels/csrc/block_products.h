@@ -7,7 +7,8 @@
 // be -128: the sums still fit, and their scale makes the output NaN or infinite.)
 #pragma once
 
-#include "block_planes.h"
+#include "block_codes.h"
+#include "block_nibbles.h"
 #include "quantize.h"
 
 namespace pcdvq {
@@ -199,6 +200,7 @@ BlockDecoder block_decoder(void (*expand)(const int8_t*, int8_t*), int64_t order
   return {decode_blocks<L, PACKED>,
           {dot_blocks<L, PACKED, 1>, dot_blocks<L, PACKED, 4>, dot_blocks<L, PACKED, 8>},
           expand,
+          L::kCodewordBytes,
           PACKED ? pack_strip<L> : nullptr,
           kBlockRows * L::kBlockBytes,
           order_dim};
@@ -214,7 +216,7 @@ template <int DIM, int CODE_BITS, bool PARITY, int STATES, bool PACKED>
 bool match_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
   if (!is_lookup<DIM, CODE_BITS, PARITY, STATES>(layout)) return false;
   if constexpr (PACKED && is_planes<DIM, CODE_BITS, PARITY, STATES>()) {
-    using L = PlaneBlocks<DIM, STATES>;
+    using L = std::conditional_t<DIM == 8 && !STATES, NibbleBlocks, PlaneBlocks<DIM, STATES>>;
     *decoder = block_decoder<L, PACKED>(L::expand, DIM);
   } else {
     using L = LookupBlocks<DIM, CODE_BITS, PARITY, STATES>;
@@ -251,8 +253,8 @@ BlockDecoder find_block_decoder(const PcdvqLayout& layout, bool packed) {
   if (packed) {
     find_blocks<true>(layout, &decoder);
   } else if (!find_blocks<false>(layout, &decoder)) {
-    decoder = {decode_other, {dot_other<1>, dot_other<4>, dot_other<8>},
-               find_decoder(layout).expand, nullptr, 0, 0};
+    decoder.decode = decode_other;
+    decoder.dot[0] = dot_other<1>, decoder.dot[1] = dot_other<4>, decoder.dot[2] = dot_other<8>;
   }
   return decoder;
 }

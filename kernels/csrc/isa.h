@@ -102,6 +102,7 @@ struct BlockDecoder {
   BlocksFn decode;
   BlockDotFn dot[3];                                       // for 1, 4 and 8 rows of x
   void (*expand)(const int8_t* codewords, int8_t* table);  // as above
+  int64_t codeword_bytes;                                  // that `expand` reads
 
   // Of packed codes only. A packed weight is [strips of kBlockRows rows][blocks][block_bytes].
   void (*pack)(const Weights& rows, int64_t strip, uint8_t* out);  // one strip

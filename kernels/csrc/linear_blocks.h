@@ -2,6 +2,7 @@
 #pragma once
 
 #include "linear.h"
+#include "table_cache.h"
 
 namespace pcdvq {
 namespace {
@@ -124,9 +125,9 @@ struct Blocks {
 
   // What every thread does.
   void work(Scratch& s) const {
-    if (decoder.expand) decoder.expand(p.codewords, s.table);
-    const Weights weights = {p.qweight, decoder.expand ? s.table : p.codewords, p.n, p.k,
-                             p.row_bytes, p.layout};
+    const int8_t* table =
+        decoder.expand ? TableCache::get(decoder, p.codewords, s.table) : p.codewords;
+    const Weights weights = {p.qweight, table, p.n, p.k, p.row_bytes, p.layout};
     const int64_t runs = linear.rotate_units();
     if (copies > 1) {  // a row takes less time to prepare than threads to wait for each other
       const int64_t mine = thread_index();

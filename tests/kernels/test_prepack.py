@@ -9,6 +9,7 @@ import torch
 from linear_cases import SPECS, Case, guarded_bytes, random_case
 from pcdvq_kernels import cpu, cpu_packing, ops
 from pcdvq_kernels.arguments import linear_shape
+from pcdvq_kernels.codebook import Codebook
 from pcdvq_kernels.reference import decode_levels
 from torch import Tensor
 
@@ -46,10 +47,9 @@ def test_same_result_as_rows(codec: str, k: int) -> None:
             assert torch.equal(run(part, packed), run(part, case.qweight)), (n, m)
 
 
-@pytest.mark.parametrize("codec", PACKED)
-def test_decodes_exactly(codec: str) -> None:
-    k = 136
-    case = int8_case(codec, 1, 33, k, block=1).with_x(torch.eye(k))
+def check_decoding(case: Case) -> None:
+    k = case.x.shape[-1]
+    case = case.with_x(torch.eye(k))
     case.signs_in.zero_()
     case.row_scale.fill_(1)
     expected = decode_levels(case.qweight, case.codebook, k).float().T
@@ -58,6 +58,39 @@ def test_decodes_exactly(codec: str) -> None:
         # A one is 127 times 1 / 127.
         levels = run(case.with_x(case.x[rows]), packed)
         torch.testing.assert_close(levels, expected[rows], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("codec", PACKED)
+def test_decodes_exactly(codec: str) -> None:
+    check_decoding(int8_case(codec, 1, 33, 136, block=1))
+
+
+def few_levels(case: Case, magnitudes: tuple[int, int], largest: int) -> Case:
+    """The same codes with directions of levels 0 to `largest`."""
+    spec = case.codebook.spec.model_copy(update={"shift": 0})
+    generator = torch.Generator().manual_seed(largest)
+    directions = torch.randint(0, largest + 1, (spec.rows, 8), generator=generator)
+    codebook = Codebook(spec, directions.to(torch.int8), torch.tensor(magnitudes).to(torch.uint8))
+    return replace(case, codebook=codebook, codewords=codebook.codewords())
+
+
+@pytest.mark.parametrize(
+    "largest", [15, 16]
+)  # 16 levels of a magnitude have a decoder of their own
+def test_decodes_few_levels_exactly(largest: int) -> None:
+    case = int8_case("signed-8x16", 1, 33, 136, block=1)
+    check_decoding(few_levels(case, (5, 7), largest))
+    check_decoding(few_levels(case, (1, 3), largest))
+
+
+def test_codewords_that_change_in_place() -> None:
+    case = few_levels(int8_case("signed-8x16", 1, 33, 136), (5, 7), 15)
+    packed = pack(case)
+    before = run(case, packed)
+    case.codewords.copy_(few_levels(case, (3, 4), 15).codewords)
+    after = run(case, packed)
+    assert torch.equal(after, run(case, case.qweight))
+    assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("codec", PACKED)

@@ -160,15 +160,18 @@ struct PlaneBlocks {
   // A packed block from rows of codes.
   static void pack(const uint8_t* codes, int64_t stride, uint8_t* out) {
     uint8_t* signs = out + 64 * kVectors;
-    std::memset(signs, 0, 128);
     for (int r = 0; r < kBlockRows; ++r, codes += stride) {
-      for (int c = 0; c < 4 * kVectors; ++c) {
+      const auto code = [codes](int c) {
         const int bit = c * (8 + DIM);
-        const uint32_t code = load_as<uint16_t>(codes + bit / 8) >> (bit % 8);
-        const int place = 4 * r + c % 4, v = c / 4;
-        out[64 * v + place] = uint8_t(code >> DIM);
-        if (DIM == 8) signs[64 * v + place] = uint8_t(code);
-        if (DIM == 4) signs[64 * (v / 2) + place] |= uint8_t((code & 15) << (4 * (v % 2)));
+        return uint32_t(load_as<uint16_t>(codes + bit / 8) >> (bit % 8));
+      };
+      for (int c = 0; c < 4 * kVectors; ++c) {
+        const int v = c / 4, place = 4 * r + c % 4;
+        out[64 * v + place] = uint8_t(code(c) >> DIM);
+        if (DIM == 8) signs[64 * v + place] = uint8_t(code(c));
+        if (DIM == 4 && v % 2 == 0) {
+          signs[64 * (v / 2) + place] = uint8_t((code(c) & 15) | code(c + 4) << 4);
+        }
       }
     }
   }

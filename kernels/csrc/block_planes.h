@@ -161,10 +161,11 @@ struct PlaneBlocks {
   static void pack(const uint8_t* codes, int64_t stride, uint8_t* out) {
     uint8_t* signs = out + 64 * kVectors;
     for (int r = 0; r < kBlockRows; ++r, codes += stride) {
-      const auto code = [codes](int c) {
+      const auto code = [codes](int c) __attribute__((always_inline)) {
         const int bit = c * (8 + DIM);
         return uint32_t(load_as<uint16_t>(codes + bit / 8) >> (bit % 8));
       };
+#pragma GCC unroll 16
       for (int c = 0; c < 4 * kVectors; ++c) {
         const int v = c / 4, place = 4 * r + c % 4;
         out[64 * v + place] = uint8_t(code(c) >> DIM);

@@ -223,7 +223,7 @@ def evaluate_model(
         ),
     ] = False,
     reference: Annotated[
-        str | None, typer.Option(help="Original model for kl; default: the checkpoint's report.")
+        str | None, typer.Option(help="Original, for kl (default: by the report) and for lambada.")
     ] = None,
     backend: Annotated[str, typer.Option(help="hf (transformers) or vllm.")] = "hf",
     dtype: Annotated[

@@ -16,6 +16,10 @@ using Wide = __m512i;
 
 inline Wide load_wide(const void* p) { return _mm512_loadu_si512(p); }
 
+inline Wide in_every_lane(const void* p) {
+  return _mm512_broadcast_i32x4(_mm_load_si128(static_cast<const __m128i*>(p)));
+}
+
 inline Wide join(__m256i low, __m256i high) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
@@ -125,15 +129,12 @@ struct Piece {
     Wide bytes = load_rows(p, stride);
     if (CODE_BITS == 16) return bytes;
     static constexpr Fields kFields = make_fields(FIRST);
-    const auto all = [](const void* q) __attribute__((always_inline)) {
-      return _mm512_broadcast_i32x4(_mm_load_si128(static_cast<const __m128i*>(q)));
-    };
-    const Wide places = all(kFields.byte);
+    const Wide places = in_every_lane(kFields.byte);
     Wide lanes = _mm512_shuffle_epi8(bytes, places);
     if (kTwoWords) {  // codes 4 to 7 end past the 16th byte
       lanes = _mm512_mask_shuffle_epi8(lanes, 0xFF00FF00FF00FF00, load_rows(p + 2, stride), places);
     }
-    return _mm512_srlv_epi16(lanes, all(kFields.shift));
+    return _mm512_srlv_epi16(lanes, in_every_lane(kFields.shift));
   }
 
   // Of 16 rows, as PieceWords::transpose leaves them: signs in the low bits of `signs`, the rest

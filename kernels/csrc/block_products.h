@@ -103,7 +103,7 @@ class BlockSums {
 };
 
 // How far ahead packed codes are fetched.
-constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kAheadBytes = 2048;
 
 template <class L, bool PACKED, int ROWS>
 void dot_blocks(const Weights& w, int64_t row, int64_t rows, const BlockRows& x, float* acc) {

@@ -210,7 +210,7 @@ def test_last_words_beside_the_original(tmp_path: Path) -> None:
     assert (pair.both, pair.only_model, pair.only_reference) == (1, 2, 1)
     assert (pair.reference_accuracy, pair.difference) == (0.4, pytest.approx(0.2))
     assert pair.difference_stderr == pytest.approx(np.std([0, 1, 1, -1, 0]) / 5**0.5)
-    assert any("2 only here, 1 only by" in row[3] for row in report.rows())
+    assert any("2 right only here, 1 only there" in row[3] for row in report.rows())
     file = tmp_path / "report.json"
     file.write_text(report.to_json())
     assert EvaluationReport.read(file) == report

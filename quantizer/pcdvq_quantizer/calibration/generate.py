@@ -49,8 +49,11 @@ REQUESTS = (
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[int]]:
-    """Token ids of the openings in random order, without end; between them requests in the chat
-    template where there is one."""
+    """Token ids of texts to continue, without end.
+
+    They are the openings in random order, and where there is a chat template, a request in it after
+    every `OPENINGS_PER_REQUEST` of them.
+    """
     generator = torch.Generator().manual_seed(seed)
     text = files("pcdvq_quantizer").joinpath(OPENINGS).read_text(encoding="utf-8")
     openings = _shuffled([tokenizer(line)["input_ids"] for line in text.splitlines()], generator)

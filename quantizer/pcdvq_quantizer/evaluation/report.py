@@ -133,8 +133,8 @@ class EvaluationReport:
                         "less the original's",
                         f"{100 * pair.difference:+.2f} %",
                         f"{100 * pair.difference_stderr:.2f} %",
-                        f"the same lines; {pair.only_model} only here, {pair.only_reference} only "
-                        f"by {pair.reference} ({100 * pair.reference_accuracy:.1f} %)",
+                        f"{100 * pair.reference_accuracy:.1f} %, same lines; {pair.only_model} "
+                        f"right only here, {pair.only_reference} only there",
                     )
                 )
         return rows

@@ -94,7 +94,7 @@ def quantize(
     outlier_vector_length: cli_options.OutlierVectorLength = 2,
     outlier_centroids: cli_options.OutlierCentroids = 256,
     groups: cli_options.Groups = 1,
-    normalize: cli_options.Normalize = None,
+    normalize: cli_options.NormalizeOption = cli_options.Normalize.auto,
 ) -> None:
     """Quantize MODEL into the checkpoint OUT."""
     from pcdvq_quantizer.checkpoints import serve_command

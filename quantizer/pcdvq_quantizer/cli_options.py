@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,12 @@ class Codec(StrEnum):
     e8 = "e8"
     pvq = "pvq"
     int8 = "int8"
+
+
+class Normalize(StrEnum):
+    auto = "auto"
+    always = "always"
+    never = "never"
 
 
 VPTQ = "Options of --method vptq"
@@ -71,9 +78,9 @@ Groups = Annotated[
     int,
     typer.Option(help="Of columns, each with tables of its own.", rich_help_panel=VPTQ),
 ]
-Normalize = Annotated[
-    bool | None,
-    typer.Option(help="Scale and shift columns; default: in large layers.", rich_help_panel=VPTQ),
+NormalizeOption = Annotated[
+    Normalize,
+    typer.Option(help="Scale and shift columns; auto: of large layers.", rich_help_panel=VPTQ),
 ]
 
 
@@ -93,7 +100,8 @@ def run_options(context: typer.Context) -> RunOptions:
     values = context.params
     kind = kinds[values["method"]]
     own = {field.name for field in fields(kind)}
-    given = {name for name in values if context.get_parameter_source(name).name == "COMMANDLINE"}
+    sources = {name: context.get_parameter_source(name) for name in values}
+    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     for method, other in kinds.items():
         if wrong := sorted(given & {field.name for field in fields(other)} - own - {"method"}):
             raise PCDVQError(
@@ -104,5 +112,8 @@ def run_options(context: typer.Context) -> RunOptions:
     chosen["skip"] = tuple(chosen["skip"] or ())
     if kind is VPTQOptions and "bits" not in given:
         del chosen["bits"]
-    # Enumerations are strings to everyone else.
-    return kind(**{k: str(v) if isinstance(v, StrEnum) else v for k, v in chosen.items()})
+    for name, value in chosen.items():
+        if isinstance(value, StrEnum):  # which are strings to everyone else
+            chosen[name] = str(value)
+    make: Callable[..., RunOptions] = kind
+    return make(**chosen)

@@ -20,6 +20,7 @@ SHAPE_LOSS = {
 }
 # Column scales cost 32 / N bits per weight and lower the error by what about 1 / 64 bit does.
 NORMALIZED_ROWS = 2048
+NORMALIZE = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class LayoutOptions:
         outliers: columns of the largest Hessian diagonal that get a table of their own.
         outlier_vector_length, outlier_centroids: of that table.
         groups: the other columns are divided into, each with tables of its own.
-        normalize: scale and shift columns; None: in layers of `NORMALIZED_ROWS` or more.
+        normalize: one of `NORMALIZE`: scale and shift columns; auto: where there are
+            `NORMALIZED_ROWS` or more.
     """
 
     bits: float | None = None
@@ -48,7 +50,7 @@ class LayoutOptions:
     outlier_vector_length: int = 2
     outlier_centroids: int = 256
     groups: int = 1
-    normalize: bool | None = None
+    normalize: str = "auto"
 
     @property
     def rate(self) -> float | None:
@@ -74,6 +76,10 @@ def check_options(options: LayoutOptions) -> None:
     ):
         if value is not None and not (2 <= value <= MOST_CENTROIDS and not value & (value - 1)):
             raise PCDVQError(f"{option} is {value}; give a power of two from 2 to {MOST_CENTROIDS}")
+    if options.normalize not in NORMALIZE:
+        raise PCDVQError(
+            f"--normalize is {options.normalize!r}; give one of {', '.join(NORMALIZE)}"
+        )
     if not candidates(options):
         raise PCDVQError(_no_candidates(options))
 
@@ -166,12 +172,12 @@ def choose(options: LayoutOptions, name: str, shape: tuple[int, int], bias: bool
     outliers = (
         (options.outlier_vector_length, options.outlier_centroids) if options.outliers else None
     )
-    normalize = rows >= NORMALIZED_ROWS if options.normalize is None else options.normalize
+    auto = options.normalize == "auto" and rows >= NORMALIZED_ROWS
     return VPTQLayout.parse(
         name,
         {
             "bias": bias,
-            "enable_norm": normalize,
+            "enable_norm": auto or options.normalize == "always",
             # Indices stand at their column; only runs of columns need an order of their own.
             "enable_perm": options.outliers > 0 or options.groups > 1,
             "group_num": options.groups,

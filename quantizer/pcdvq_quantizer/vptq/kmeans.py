@@ -7,7 +7,7 @@ from pcdvq_kernels.nearest import nearest_codeword
 from torch import Tensor
 
 KERNEL_DIMS = (2, 4, 8)  # that `nearest_codeword` has fast code for; it takes no others
-ITERATIONS = 30
+ITERATIONS = 50
 TOLERANCE = 1e-4  # relative fall of the error below which an iteration was the last
 # Of more points than these, half are drawn by weight and half at random.
 POINTS_PER_CENTROID = 256
@@ -54,10 +54,9 @@ def weighted_kmeans(points: Tensor, weight: Tensor, count: int, seed: int) -> Te
     points, weight = _sample(
         points, weight, max(MOST_POINTS, POINTS_PER_CENTROID * count), generator
     )
-    centroids = points.new_zeros(count, points.shape[1])
-    centroids[: len(points)] = points[:count]
     if len(points) <= count:
-        return centroids
+        return torch.nn.functional.pad(points, (0, 0, 0, count - len(points)))
+    centroids = points[_draw(weight, count, points.shape[1], generator)]
     last = torch.inf
     for _ in range(ITERATIONS):
         index = nearest(points, centroids)
@@ -73,6 +72,16 @@ def weighted_kmeans(points: Tensor, weight: Tensor, count: int, seed: int) -> Te
         if empty := int((~used).sum()):
             centroids[~used] = points[cost.topk(min(empty, len(cost))).indices]
     return centroids
+
+
+def _draw(weight: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """`count` of the points: as dense as the best centroids of many are, weight^(v / (v + 2)).
+
+    That density is Gersho's (1979), for points of any distribution and squared distances.
+    """
+    share = (weight / weight.max()).pow(length / (length + 2)).clamp_min(1e-20)
+    times = torch.empty_like(share).exponential_(generator=generator) / share
+    return times.topk(count, largest=False).indices
 
 
 def _sample(

@@ -1,8 +1,8 @@
 """VPTQ's second-order rounding of a weight, and the tables that fit it best.
 
-The paper (arXiv 2409.17066) makes tables by k-means with the Hessian's diagonal as weights, rounds
-column after column with the error of each made up for by the columns after it, and tunes the
-tables afterwards. Here the tuning is a least-squares problem, solved by conjugate gradients.
+The paper (arXiv 2409.17066) makes tables by k-means weighted by the Hessian, rounds column after
+column with the error of each made up for by the columns after it, and tunes the tables afterwards.
+Here the tuning is a least-squares problem, solved by conjugate gradients.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pcdvq_quantizer.vptq.tables import Tables, to_vectors
 SPAN = 128  # columns whose feedback is applied at once to all columns after them
 ROUNDS = 2  # of rounding and refitting
 STEPS = 12  # of conjugate gradients
+CONVERGED = 1e-12  # share of the first step's power that is only rounding
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Problem:
     Attributes:
         aim: fp32 [N, K].
         hessian: fp32 [K, K], damped.
-        feedback: fp32 [K, K], `cholesky_feedback` of it for single columns.
+        feedback: fp32 [K, K], `cholesky_feedback` F of it for single columns.
+        cost: fp32 [K], `column_costs` of both.
         scale, shift: fp32 [K]: columns are normalized, (aim - shift) / scale.
     """
 
     aim: Tensor
     hessian: Tensor
     feedback: Tensor
+    cost: Tensor
     scale: Tensor
     shift: Tensor
 
@@ -42,6 +45,15 @@ class Problem:
         rows = len(self.aim)
         parts = [table.decode(code, rows) for table, code in zip(tables, codes, strict=True)]
         return torch.cat(parts, 1) * self.scale + self.shift
+
+
+def column_costs(hessian: Tensor, feedback: Tensor) -> Tensor:
+    """What a squared error in each column costs when those after it make up for it, fp32 [K].
+
+    That is D of F H F^T = D, where the published algorithm weighs with the diagonal of H: the
+    errors of k-means are then those that count in the end.
+    """
+    return ((feedback @ hessian) * feedback).sum(1)
 
 
 def make_tables(problem: Problem, columns: slice, length: int, count: int, seed: int) -> Tables:
@@ -63,7 +75,7 @@ def _kmeans(
     problem: Problem, columns: slice, x: Tensor, length: int, count: int, seed: int
 ) -> Tensor:
     vectors = to_vectors(x, length)
-    cost = problem.hessian.diagonal()[columns] * problem.scale[columns].square()
+    cost = problem.cost[columns] * problem.scale[columns].square()
     weight = cost.expand(vectors.shape[:2]).flatten()
     return weighted_kmeans(vectors.flatten(0, 1).contiguous(), weight, count, seed)
 
@@ -120,11 +132,12 @@ def refit_tables(problem: Problem, tables: list[Tables], codes: list[Tensor]) ->
     lack = problem.aim - problem.decode(tables, codes)
     residual = transposed(lack @ problem.hessian * problem.scale)
     direction: list[Tensor] = []
-    power = 0.0
+    first = power = 0.0
     for _ in range(STEPS):
         step = [r * m for r, m in zip(residual, scaling, strict=True)]
         before, power = power, _dot(residual, step)
-        if power <= 0:
+        first = first or power
+        if power <= CONVERGED * first:
             break
         if direction:
             step = [s + power / before * d for s, d in zip(step, direction, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from pcdvq_kernels.packing import pack_codes
@@ -11,7 +12,6 @@ from pcdvq_kernels.vptq.layout import TABLES, VPTQLayout
 from torch import Tensor
 
 from pcdvq_quantizer.calibration.stage import (
-    Moments,
     asymmetric_target,
     energy,
     prepare_moments,
@@ -22,6 +22,7 @@ from pcdvq_quantizer.vptq.rounding import (
     ROUNDS,
     Problem,
     add_residuals,
+    column_costs,
     make_tables,
     refit_tables,
     round_columns,
@@ -59,6 +60,7 @@ def quantize_stage(
     """
     order = statistics.hessian.diagonal().argsort(descending=True, stable=True)
     moments = prepare_moments(statistics.permuted(order), 1)
+    columns = _Columns.of(order, moments.hessian, moments.feedback)
     original = torch.cat([weight[:, order] for weight in weights])
     lack = None if statistics.lack is None else moments.wanted
     aim = asymmetric_target(original, moments, lack)
@@ -66,7 +68,7 @@ def quantize_stage(
     layers, dense = [], []
     parts = zip(original.split(counts), aim.split(counts), layouts, strict=True)
     for part, wanted, layout in parts:
-        packed, decoded = _quantize(wanted, layout, moments, order, storage)
+        packed, decoded = _quantize(wanted, layout, columns, storage)
         power = energy(part, moments.hessian).clamp_min(1e-30)
         output = energy(decoded - wanted, moments.hessian) / power
         error = _weight_error(part, decoded, layout).total(output.item())
@@ -77,22 +79,36 @@ def quantize_stage(
 
 def quantize_alone(weight: Tensor, layout: VPTQLayout, storage: Storage) -> StoredLayer:
     """Quantize one weight fp32 [N, K] without calibration: all inputs are as important."""
-    size = weight.shape[1]
-    unit = torch.eye(size)
-    moments = Moments(unit, unit, unit.double(), torch.empty(0, dtype=torch.float64))
-    packed, decoded = _quantize(weight, layout, moments, torch.arange(size), storage)
+    unit = torch.eye(weight.shape[1])
+    columns = _Columns.of(torch.arange(len(unit)), unit, unit)
+    packed, decoded = _quantize(weight, layout, columns, storage)
     return StoredLayer(packed, _weight_error(weight, decoded, layout).total())
 
 
+class _Columns(NamedTuple):
+    """Columns in the order they are rounded in: their places in the weight, int64 [K], and what
+    `Problem` has of them."""
+
+    order: Tensor
+    hessian: Tensor
+    feedback: Tensor
+    cost: Tensor
+
+    @classmethod
+    def of(cls, order: Tensor, hessian: Tensor, feedback: Tensor) -> _Columns:
+        return cls(order, hessian, feedback, column_costs(hessian, feedback))
+
+
 def _quantize(
-    aim: Tensor, layout: VPTQLayout, moments: Moments, order: Tensor, storage: Storage
+    aim: Tensor, layout: VPTQLayout, columns: _Columns, storage: Storage
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Quantize `aim`, whose columns are in `order`.
+    """Quantize `aim`, whose columns are in the order of `columns`.
 
     Returns:
-        (tensors on disk; what they decode to, columns in `order`).
+        (tensors on disk; what they decode to, columns in that order).
     """
-    problem = _problem(aim, layout, moments, storage.dtype)
+    order = columns.order
+    problem = _problem(aim, layout, columns, storage.dtype)
     tables, codes = solve(problem, layout, storage)
     packed = _pack(layout, tables, codes, order, storage.dtype)
     if layout.enable_norm:
@@ -108,13 +124,13 @@ def _weight_error(original: Tensor, decoded: Tensor, layout: VPTQLayout) -> Erro
     return errors
 
 
-def _problem(aim: Tensor, layout: VPTQLayout, moments: Moments, dtype: torch.dtype) -> Problem:
+def _problem(aim: Tensor, layout: VPTQLayout, columns: _Columns, dtype: torch.dtype) -> Problem:
     scale, shift = torch.ones(aim.shape[1]), torch.zeros(aim.shape[1])
     if layout.enable_norm:
         scale = aim.std(0, correction=0).to(dtype).float()
         scale = torch.where(scale > 0, scale, 1.0)
         shift = aim.mean(0).to(dtype).float()
-    return Problem(aim, moments.hessian, moments.feedback, scale, shift)
+    return Problem(aim, *columns[1:], scale, shift)
 
 
 def solve(

@@ -17,7 +17,7 @@ from pcdvq_kernels.vptq.layout import TABLES, VPTQLayout
 from pcdvq_kernels.vptq.reference import dequantize
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, VptqConfig
-from transformers.integrations import replace_with_vptq_linear
+from transformers.quantizers.quantizers_utils import should_convert_module
 from vptq_layers import CASES, random_layer
 
 
@@ -52,13 +52,15 @@ def product(cls: type[torch.nn.Module], layout: VPTQLayout, tensors: dict[str, T
 
 
 @torch.no_grad()
-def check_checkpoint(directory: Path) -> None:
-    """The model as transformers makes it of the directory, but for what it does on GPUs only."""
+def check_checkpoint(cls: type[torch.nn.Module], directory: Path) -> None:
+    """The model as the package's `make_quant_linear` makes it of the directory's configuration."""
     checkpoint = open_vptq_checkpoint(directory)
     config = AutoConfig.from_pretrained(directory)
     quantization = VptqConfig(**config.quantization_config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    replace_with_vptq_linear(model, quantization.modules_to_not_convert, quantization)
+    for name, entry in quantization.config_for_layers.items():
+        assert should_convert_module(name, quantization.modules_to_not_convert)
+        model.set_submodule(name, cls(**entry, enable_proxy_error=False, dtype=torch.float32))
     state = {}
     for file in directory.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
@@ -77,7 +79,7 @@ def main() -> None:
     cls = import_vptq()
     if directories := sys.argv[1:]:
         for directory in directories:
-            check_checkpoint(Path(directory))
+            check_checkpoint(cls, Path(directory))
         print(*directories)
         return
     for case, changes in CASES.items():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from accelerate import init_empty_weights
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.vptq.checkpoint import dense_state, open_vptq_checkpoint
 from torch import Tensor, nn
@@ -53,9 +54,17 @@ def _load_vptq(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel:
     """The dense model: transformers loads VPTQ on GPUs only, by a package that is not needed."""
     state = dense_state(open_vptq_checkpoint(files.directory), dtype)
     config = {key: value for key, value in files.config.items() if key != "quantization_config"}
-    return AutoModelForCausalLM.from_pretrained(
-        None, config=hf_config(config), state_dict=state, dtype=dtype
-    )
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(hf_config(config), dtype=dtype)
+    _, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if odd := [*empty, *unexpected]:
+        raise PCDVQError(
+            f"{files.name} does not store {odd[0]} as transformers names it ({len(odd)} in all); "
+            "measure it with --backend vllm"
+        )
+    return model
 
 
 class HFModel:

@@ -332,16 +332,11 @@ def serve(
 ) -> None:
     """Serve MODEL with vLLM, quantized first if it is not yet; other options go to `vllm serve`."""
     from pcdvq_quantizer.plan import QuantizeOptions
-    from pcdvq_quantizer.serving import (
-        checkpoint_of,
-        quantization_of,
-        vllm_command,
-        vllm_environment,
-    )
+    from pcdvq_quantizer.serving import checkpoint_of, vllm_command, vllm_environment
 
     options = QuantizeOptions(bits=bits, codec=codec.value, calibration=calibration)
-    checkpoint = checkpoint_of(model, options, console)
-    command = vllm_command(checkpoint, context.args, quantization_of(checkpoint))
+    checkpoint, method = checkpoint_of(model, options, console)
+    command = vllm_command(checkpoint, context.args, method)
     console.print(shlex.join(command), highlight=False, soft_wrap=True)
     try:
         os.execvpe(command[0], command, vllm_environment())

@@ -25,10 +25,15 @@ from pcdvq_quantizer.sources import open_source
 from pcdvq_quantizer.threads import THREADS_BIND, all_cores
 
 
-def checkpoint_of(model: str, options: QuantizeOptions, console: Console) -> str:
-    """`model` if it is a checkpoint, else what it is quantized to, which is made once and kept."""
-    if is_checkpoint(model):
-        return model
+def checkpoint_of(model: str, options: QuantizeOptions, console: Console) -> tuple[str, str]:
+    """`model` if it is a checkpoint, else what it is quantized to, which is made once and kept.
+
+    Returns:
+        (the checkpoint; its quantization method).
+    """
+    method = quantization_of(model)
+    if method in (QUANT_METHOD, vptq.QUANT_METHOD):
+        return model, method
     with console.status(f"Opening {model}"):
         options.check()
         plan = plan_source(open_source(model), options)
@@ -36,12 +41,7 @@ def checkpoint_of(model: str, options: QuantizeOptions, console: Console) -> str
     if not checkpoint.exists():
         with Bars(console) as bars:
             quantize_model(plan, checkpoint, progress=bars)
-    return str(checkpoint)
-
-
-def is_checkpoint(model: str) -> bool:
-    """Whether `model` is a checkpoint of PCDVQ or VPTQ: a directory, or a repository of the Hub."""
-    return quantization_of(model) in (QUANT_METHOD, vptq.QUANT_METHOD)
+    return str(checkpoint), QUANT_METHOD
 
 
 def quantization_of(model: str) -> str | None:

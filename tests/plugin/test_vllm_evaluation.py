@@ -46,7 +46,8 @@ def test_vllm_agrees_with_transformers(engine: ProcessPoolExecutor, tmp_path: Pa
 def test_vllm_serves_what_vptq_makes(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
-    original = save_model(tmp_path / "tiny", tiny_config("qwen2", tie_word_embeddings=True))
+    config = tiny_config("qwen2", hidden_size=256, num_hidden_layers=1, tie_word_embeddings=True)
+    original = save_model(tmp_path / "tiny", config)
     wanted = VPTQOptions(
         vector_length=4,
         centroids=32,

@@ -140,11 +140,15 @@ def choose(options: LayoutOptions, name: str, shape: tuple[int, int], bias: bool
     """
     rows, columns = shape
     grouped = columns - options.outliers
-    if grouped < options.groups or grouped % options.groups:
-        least = max(0, columns - columns // options.groups * options.groups)
+    if grouped < options.groups:
         raise PCDVQError(
-            f"{name} has {columns} columns; --outliers {options.outliers} leaves {grouped} of them "
-            f"for --groups {options.groups} of equal size; give --outliers {least}"
+            f"{name} has {columns} columns, too few for --outliers {options.outliers} and "
+            f"--groups {options.groups}; give fewer, or leave the layer with --skip {name}"
+        )
+    if rest := grouped % options.groups:
+        raise PCDVQError(
+            f"{name} has {columns} columns; --outliers {options.outliers} leaves {grouped}, which "
+            f"--groups {options.groups} does not divide; give --outliers {options.outliers + rest}"
         )
     weights = rows * columns
 

@@ -9,7 +9,7 @@ from torch import Tensor
 KERNEL_DIMS = (2, 4, 8)  # that `nearest_codeword` has fast code for; it takes no others
 ITERATIONS = 50
 TOLERANCE = 1e-4  # relative fall of the error below which an iteration was the last
-# Of more points than these, half are drawn by weight and half at random.
+# Of more points than these the heaviest and some of the others are taken: half each.
 POINTS_PER_CENTROID = 256
 MOST_POINTS = 1 << 19
 # Vectors compared with a table at a time where there is no kernel.

@@ -85,6 +85,12 @@ class InputStatistics:
         lack = None if self.lack is None else columns(self.lack)
         return InputStatistics(both(self.hessian), cross, lack, self.tokens)
 
+    def permuted(self, order: Tensor) -> InputStatistics:
+        """Moments of x[order] in place of x; order int64 [K]."""
+        cross = self.cross[order][:, order] if self.cross.numel() else self.cross
+        lack = None if self.lack is None else self.lack[:, order]
+        return InputStatistics(self.hessian[order][:, order], cross, lack, self.tokens)
+
 
 class _Product:
     """Sum of a^T b over sequences: of a few in fp32, which is fast, of all in fp64."""

@@ -49,7 +49,7 @@ class Scorer(Interface):
 def evaluate(
     model: str, options: EvaluateOptions, progress: Progress | None = None
 ) -> EvaluationReport:
-    """Measure `model`: a PCDVQ checkpoint or an unquantized one; directory, hub id or .gguf file.
+    """Measure `model`: a PCDVQ or VPTQ checkpoint or an unquantized one; directory, hub id, .gguf.
 
     All input is read and checked before any weight is loaded.
 
@@ -94,8 +94,10 @@ class _Job:
 
     @property
     def packed(self) -> bool:
-        """Whether PCDVQ kernels compute."""
-        return self.files.is_pcdvq and (self.options.packed or self.options.backend == "vllm")
+        """Whether kernels compute on the packed codes."""
+        if self.options.backend == "vllm":
+            return self.files.is_pcdvq or self.files.is_vptq
+        return self.files.is_pcdvq and self.options.packed
 
     @property
     def reference_name(self) -> str:

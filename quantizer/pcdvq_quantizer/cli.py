@@ -95,6 +95,13 @@ def quantize(
     ] = "self",
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 24,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="What rounding keeps small: the error of outputs (hessian), or what it costs "
+            "the model's predictions (fisher; better, takes longer)."
+        ),
+    ] = "hessian",
     finetune: Annotated[
         bool,
         typer.Option("--finetune", help="Then distil the original into OUT, as `pcdvq finetune`."),
@@ -120,6 +127,7 @@ def quantize(
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
+        objective=objective,
         skip=tuple(skip or ()),
     )
     with console.status(f"Opening {model}"):

@@ -14,6 +14,7 @@ from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.hadamard import choose_block
 from torch import Tensor
 
+from pcdvq_quantizer.calibration.objectives import OBJECTIVES
 from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook, offered_rates
 from pcdvq_quantizer.embeddings import UNQUANTIZED_BITS, get_embedding_codebook
 from pcdvq_quantizer.layer import QuantizedLinear, check_finite, quantize_linear
@@ -39,6 +40,7 @@ class QuantizeOptions:
         calibration: a text or JSONL file, a `datasets` name, SELF, or NONE.
         samples: windows of calibration text.
         sequence_length: tokens of a window.
+        objective: what rounding keeps small, one of `calibration.objectives.OBJECTIVES`.
         skip: patterns (fnmatch) of names of linear layers to leave as they are.
     """
 
@@ -50,6 +52,7 @@ class QuantizeOptions:
     calibration: str = SELF
     samples: int = 24
     sequence_length: int = 1024
+    objective: str = "hessian"
     skip: tuple[str, ...] = ()
 
     def check(self) -> None:
@@ -60,6 +63,11 @@ class QuantizeOptions:
             raise PCDVQError(f"--samples is {self.samples}; give 1 or more")
         if self.sequence_length < 16:
             raise PCDVQError(f"--sequence-length is {self.sequence_length}; give 16 or more")
+        if self.objective not in OBJECTIVES:
+            raise PCDVQError(
+                f"there is no objective {self.objective!r}; --objective is one of "
+                f"{', '.join(OBJECTIVES)}"
+            )
         rates = offered_rates(self.codec)
         if not rates[0] <= self.bits <= rates[-1]:
             raise PCDVQError(

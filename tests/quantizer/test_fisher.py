@@ -170,17 +170,38 @@ def test_measured_fisher_is_that_of_autograd(
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     gradients = torch.stack([y.grad[0] for y in kept])
-    moments = torch.stack([g.T @ g / len(g) for g in gradients])[:, :96, :96]
-    mean = moments.mean(0)
-    size = mean.diagonal().mean() * torch.eye(96)
-    noise = (moments - mean).square().sum() / len(tokens) / (len(tokens) - 1)
-    share = (noise / (mean - size).square().sum()).clamp(0.03 / 1.03, 0.9)
-    torch.testing.assert_close(
-        outputs.blocks[0], mean * (1 - share) + size * share, rtol=1e-3, atol=1e-8
-    )
     costs = gradients.square() @ linear.weight.detach().square().mean(1)
     weights = objective.stage([name]).weights
     torch.testing.assert_close(weights, costs.sqrt() / costs.sqrt().mean(), rtol=1e-3, atol=1e-5)
+    scaled = (gradients / costs.sqrt().sqrt().unsqueeze(2))[:, :, :96]
+    moments = torch.stack([g.T @ g for g in scaled])
+    found = outputs.blocks[0] / outputs.blocks[0].diagonal().mean()
+    off = ~torch.eye(96).bool()
+    # Off the diagonal the measurement is that of autograd, times one factor: the shrinkage.
+    wanted = moments.mean(0) / moments.mean(0).diagonal().mean()
+    ratio = (found * wanted)[off].sum() / wanted[off].square().sum()
+    assert 0.05 < ratio < 0.97
+    torch.testing.assert_close(found[off], ratio * wanted[off], rtol=1e-2, atol=1e-5)
+
+
+def test_shrinkage_follows_the_noise() -> None:
+    """Of what chance makes, little is left; of what both halves have, nearly all."""
+    generator = torch.Generator().manual_seed(0)
+    chance = [torch.randn(100, 64, generator=generator) for _ in "ab"]
+    mix = torch.randn(64, 64, generator=generator) / 8 + torch.eye(64)
+    many = [torch.randn(20000, 64, generator=generator) @ mix for _ in "ab"]
+
+    def left(halves: list[torch.Tensor]) -> float:
+        """The ratio of the spread of eigenvalues after and before."""
+        shrunk = fisher._shrunk([(x.T @ x / len(x)).tril() for x in halves])
+        assert shrunk.diagonal().mean().item() == pytest.approx(1.0, rel=1e-4)
+        whole = sum(x.T @ x for x in halves)
+        return (torch.linalg.cond(shrunk) / torch.linalg.cond(whole)).item()
+
+    assert left(chance) < 0.3
+    assert fisher._shrunk([torch.zeros(3, 3)]).equal(torch.eye(3))
+    values = torch.linalg.eigvalsh(fisher._shrunk([(x.T @ x).tril() for x in many]))
+    assert values.max() / values.min() > 10
 
 
 def test_run_resumes_and_keeps_what_it_measured(

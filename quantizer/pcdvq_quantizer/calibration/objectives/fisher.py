@@ -3,20 +3,20 @@
 With g the gradient of the log-probability of labels drawn from the model's predictions to the
 output of a linear at a token, a rounding error E = W' - W raises the divergence from these
 predictions by about half the sum of (g^T E x)^2 (the Fisher information as curvature). It is taken
-for a Kronecker product (as in K-FAC, arXiv 1503.05671): E costs tr(A E B E^T), A the mean of g g^T
-for the outputs, B that of w x x^T for the inputs, tokens weighted by w, which grows with |g|.
-Rounding to it puts errors into directions that hardly matter. This is the error direction guidance
-of RSAVQ (arXiv 2510.01240), by two-sided feedback as in YAQA (arXiv 2505.22988); weights of tokens
-are those of GuidedQuant (arXiv 2505.07004), tempered.
+for a Kronecker product (as in K-FAC, arXiv 1503.05671): E costs tr(A E B E^T), A the mean of
+g g^T / w for the outputs, B that of w x x^T for the inputs. w, the weight of a token, is a power of
+what an error there costs. Rounding to it puts errors into directions that hardly matter. This is
+the error direction guidance of RSAVQ (arXiv 2510.01240), by two-sided feedback as in YAQA (arXiv
+2505.22988); weighting tokens is GuidedQuant's (arXiv 2505.07004).
 
-A is learnt from few tokens, whose gradients differ widely in size. It is shrunk towards a multiple
-of the identity by as much as the spread between windows demands (Ledoit and Wolf, 2004, "A
-well-conditioned estimator for large-dimensional covariance matrices").
+A is learnt from few tokens, whose gradients differ widely in size. As a matrix of correlations, it
+is shrunk towards the identity by as much as the difference of its halves demands, those from even
+and from odd windows (Ledoit and Wolf, 2004, "A well-conditioned estimator for large-dimensional
+covariance matrices").
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +35,12 @@ from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import save_whole
 
 ROWS = 2048  # of a block of A; outputs of different blocks are taken for independent
-LEAST_DAMPING = 0.03  # of the mean diagonal of A
-MOST_SHRINKAGE = 0.9
-# Of the cost of an error at a token. With 1 a few tokens would decide: see QUALITY.md.
+HALVES = 2
+LEAST_DAMPING = 0.03  # of the mean diagonal of A, and on that of the correlations
+# On what the halves show: windows of one text have more in common than those of another.
+CAUTION = 2.0
+MOST_DAMPING = 10.0
+# The power of a token's cost that is its weight. With 1 a few tokens would decide: see QUALITY.md.
 TEMPER = 0.5
 
 
@@ -118,8 +121,7 @@ class _LinearFisher:
         self._linear = linear
         # A rounding error of a row grows with its weights.
         self._spread = linear.weight.square().mean(1)  # [N]
-        self._sums: dict[int, Tensor] = {}
-        self._squares: dict[int, float] = defaultdict(float)
+        self._sums: dict[tuple[int, int], Tensor] = {}  # of A, by first row and half
         self._tokens: list[Tensor] = []
         self._handle = linear.register_forward_hook(self._watch)
 
@@ -129,14 +131,16 @@ class _LinearFisher:
 
     def _add(self, gradient: Tensor) -> None:
         g = gradient.flatten(0, -2)  # [T, N]
-        self._tokens.append((g.square() @ self._spread).cpu())
+        cost = g.square() @ self._spread
+        half = len(self._tokens) % HALVES
+        self._tokens.append(cost.cpu())
+        g = g * cost.clamp_min(1e-30).pow(-TEMPER / 2).unsqueeze(1)
         for start in range(0, g.shape[1], ROWS):
             part = g[:, start : start + ROWS]
-            moments = part.new_zeros(part.shape[1], part.shape[1])
-            add_lower_square(moments, part)
-            moments = moments.tril_() / len(g)
-            self._squares[start] += _squared_norm(moments)
-            self._sums[start] = self._sums[start] + moments if start in self._sums else moments
+            sums = self._sums.setdefault(
+                (start, half), part.new_zeros(part.shape[1], part.shape[1])
+            )
+            add_lower_square(sums, part)
 
     @property
     def reached(self) -> bool:
@@ -150,7 +154,6 @@ class _LinearFisher:
             PCDVQError: gradients are not finite.
         """
         self._handle.remove()
-        windows = len(text)
         cost = torch.stack(self._tokens) if self.reached else torch.ones(text.shape)
         if not cost.isfinite().all():
             raise PCDVQError(
@@ -161,35 +164,37 @@ class _LinearFisher:
         for number, start in enumerate(range(0, self._linear.out_features, ROWS)):
             block = torch.eye(min(ROWS, self._linear.out_features - start))
             if self.reached:
-                lower = self._sums[start].cpu() / windows
-                block = _shrunk(lower, self._squares[start] / windows, windows)
+                halves = [
+                    self._sums[start, half].cpu() / len(range(half, len(text), HALVES))
+                    for half in range(min(HALVES, len(text)))
+                ]
+                block = _shrunk(halves)
             tensors[f"{self.name}.outputs.{number}"] = block
         return tensors
 
 
-def _squared_norm(lower: Tensor) -> float:
-    """Squared Frobenius norm of the symmetric matrix of which this is the lower triangle."""
-    return (2 * lower.square().sum() - lower.diagonal().square().sum()).item()
-
-
-def _shrunk(lower: Tensor, square: float, windows: int) -> Tensor:
-    """The mean of symmetric matrices, shrunk and damped.
+def _shrunk(halves: list[Tensor]) -> Tensor:
+    """The mean of moments, shrunk as correlations and damped.
 
     Args:
-        lower: fp32 [N, N], lower triangle of their mean.
-        square: mean of their squared norms.
-        windows: how many.
+        halves: fp32 [N, N], lower triangles of moments that differ by chance; perhaps only one.
 
     Returns:
-        fp32 [N, N], positive definite, with a mean diagonal of the same size.
+        fp32 [N, N], positive definite, mean diagonal 1.
     """
-    mean = max(lower.diagonal().mean().item(), 1e-30)
-    norm = _squared_norm(lower)
-    noise = (square - norm) / max(windows - 1, 1)
-    structure = norm - len(lower) * mean**2
-    share = MOST_SHRINKAGE
-    if windows > 1 and noise < MOST_SHRINKAGE * structure:
-        share = max(noise / structure, LEAST_DAMPING / (1 + LEAST_DAMPING))
-    whole = (lower + lower.tril(-1).T) * (1 - share)
-    whole.diagonal().add_(share * mean)
-    return whole
+    variance = sum(halves[1:], halves[0]).diagonal()
+    if not variance.any():
+        return torch.eye(len(variance))
+    deviation = (variance + LEAST_DAMPING * variance.mean()).sqrt()
+    halves = [(half.tril() + half.tril(-1).T) / deviation.outer(deviation) for half in halves]
+    correlation = sum(halves[1:], halves[0]) / len(halves)
+    mean = correlation.diagonal().mean().item()
+    share = MOST_DAMPING
+    if len(halves) == HALVES:
+        noise = (halves[0] - halves[1]).square().sum().item() / 4
+        structure = correlation.square().sum().item() - len(correlation) * mean**2
+        found = CAUTION * noise / max(structure - noise, 1e-30)
+        share = min(max(found, LEAST_DAMPING), MOST_DAMPING)
+    correlation.diagonal().add_(share * mean)
+    moments = correlation * deviation.outer(deviation)
+    return moments / moments.diagonal().mean()

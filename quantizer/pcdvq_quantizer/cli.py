@@ -97,10 +97,7 @@ def quantize(
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     objective: Annotated[
         str,
-        typer.Option(
-            help="What rounding keeps small: the error of outputs (hessian), or what it costs "
-            "the model's predictions (fisher; better, takes longer)."
-        ),
+        typer.Option(help="What to keep small: hessian, errors of outputs; fisher, their cost."),
     ] = "hessian",
     finetune: Annotated[
         bool,
@@ -370,15 +367,10 @@ def serve(
 @app.command()
 def doctor() -> None:
     """Check this installation and say what to do about what is wrong."""
-    from rich.table import Table
-
-    from pcdvq_quantizer.doctor import examine
+    from pcdvq_quantizer.doctor import examine, findings_table
 
     findings = examine()
-    table = Table("", "found", "remedy")
-    for finding in findings:
-        table.add_row(finding.check, finding.found, finding.remedy or "-")
-    console.print(table)
+    console.print(findings_table(findings))
     if any(finding.fatal for finding in findings):
         raise typer.Exit(1)
 

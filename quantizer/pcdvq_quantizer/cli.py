@@ -78,6 +78,10 @@ def quantize(
     ] = "self",
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 24,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    objective: Annotated[
+        str,
+        typer.Option(help="What to keep small: hessian, errors of outputs; fisher, their cost."),
+    ] = "hessian",
     finetune: Annotated[
         bool,
         typer.Option("--finetune", help="Then distil the original into OUT, as `pcdvq finetune`."),
@@ -347,15 +351,10 @@ def serve(
 @app.command()
 def doctor() -> None:
     """Check this installation and say what to do about what is wrong."""
-    from rich.table import Table
-
-    from pcdvq_quantizer.doctor import examine
+    from pcdvq_quantizer.doctor import examine, findings_table
 
     findings = examine()
-    table = Table("", "found", "remedy")
-    for finding in findings:
-        table.add_row(finding.check, finding.found, finding.remedy or "-")
-    console.print(table)
+    console.print(findings_table(findings))
     if any(finding.fatal for finding in findings):
         raise typer.Exit(1)
 

@@ -12,6 +12,7 @@ import torch
 from packaging.requirements import Requirement
 from pcdvq_kernels import cpu
 from pcdvq_kernels.ops import kernels_for
+from rich.table import Table
 
 from pcdvq_quantizer.threads import THREADS_BIND, all_cores
 
@@ -39,6 +40,14 @@ class Finding:
 def examine() -> list[Finding]:
     """All findings, in the order in which remedies are best applied."""
     return [finding for check in CHECKS for finding in check()]
+
+
+def findings_table(findings: list[Finding]) -> Table:
+    """`findings` as a table."""
+    table = Table("", "found", "remedy")
+    for finding in findings:
+        table.add_row(finding.check, finding.found, finding.remedy or "-")
+    return table
 
 
 def _vllm() -> Iterator[Finding]:

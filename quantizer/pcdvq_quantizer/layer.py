@@ -159,3 +159,23 @@ def refit_row_scale(rotated: Tensor, levels: Tensor, hessian: Tensor | None = No
     weighted = levels if hessian is None else levels @ hessian
     power = (levels * weighted).sum(1).clamp_min(1e-30)
     return ((rotated * weighted).sum(1) / power).to(torch.bfloat16)
+
+
+def refit_row_scales(rotated: Tensor, levels: Tensor, hessian: Tensor, fisher: Tensor) -> Tensor:
+    """Row scales, bf16 [N], that together minimise tr(A E H E^T).
+
+    E is diag(scales) levels - rotated.
+
+    Args:
+        rotated, levels: fp32 [N, K].
+        hessian: H, fp32 [K, K].
+        fisher: A, fp64 [N, N], positive definite.
+    """
+    weighted = (levels @ hessian).double()
+    normal = fisher * (weighted @ levels.double().T)  # [N, N]
+    diagonal = normal.diagonal()
+    unused = diagonal <= 0  # rows of zero levels, whose scale does not matter
+    diagonal[unused] = 1.0
+    right = ((fisher @ rotated.double()) * weighted).sum(1)
+    scale = torch.linalg.solve(normal, right.masked_fill(unused, 0.0))
+    return scale.to(torch.bfloat16)

@@ -19,6 +19,8 @@ from pcdvq_kernels.hadamard import choose_block
 from pcdvq_kernels.reference import dequantize
 from torch import Tensor
 
+from pcdvq_quantizer.calibration.objectives import HESSIAN, OBJECTIVES
+from pcdvq_quantizer.calibration.objectives.base import StageObjective
 from pcdvq_quantizer.calibration.parallel import Processes
 from pcdvq_quantizer.calibration.stage import quantize_stage
 from pcdvq_quantizer.calibration.statistics import InputStatistics
@@ -78,18 +80,25 @@ class QuantizeOptions(RunOptions):
         codec: one of `codebooks.OFFERED`.
         embedding_bits: of input embedding and output head, 4, 8, or 16 to leave them as they are.
         max_tp: largest tensor-parallel size to keep possible where K allows.
+        objective: what rounding keeps small, one of `calibration.objectives.OBJECTIVES`.
     """
 
     bits: float = 4.0
     codec: str = "trellis"
     embedding_bits: int = UNQUANTIZED_BITS
     max_tp: int = 8
+    objective: str = HESSIAN
 
     def check(self) -> None:
         """Raises PCDVQError for options outside their range."""
         super().check()
         if self.max_tp < 1:
             raise PCDVQError(f"--max-tp is {self.max_tp}; give 1 or more")
+        if self.objective not in OBJECTIVES:
+            raise PCDVQError(
+                f"there is no objective {self.objective!r}; --objective is one of "
+                f"{', '.join(OBJECTIVES)}"
+            )
         rates = offered_rates(self.codec)
         if not rates[0] <= self.bits <= rates[-1]:
             raise PCDVQError(
@@ -181,6 +190,7 @@ class Plan(ABC):
         weights: list[Tensor],
         statistics: InputStatistics,
         processes: Processes,
+        goal: StageObjective | None = None,
     ) -> tuple[Sequence[QuantizedLayer], list[Tensor]]:
         """Quantize linears that read the same activation.
 
@@ -189,6 +199,7 @@ class Plan(ABC):
             weights: fp32 [N_i, K].
             statistics: moments of what they read.
             processes: all of which call this.
+            goal: what their errors cost; None: the same in all outputs.
 
         Returns:
             (the layers, for process 0 to write; what they decode to, fp32 [N_i, K]).
@@ -283,9 +294,11 @@ class PCDVQPlan(Plan):
         weights: list[Tensor],
         statistics: InputStatistics,
         processes: Processes,
+        goal: StageObjective | None = None,
     ) -> tuple[Sequence[QuantizedLinear], list[Tensor]]:
         codebook, rotation = self.codebooks[names[0]], self._rotation(weights[0].shape[1])
-        return quantize_stage(weights, statistics, codebook, *rotation, processes)
+        outputs = goal.outputs if goal else None
+        return quantize_stage(weights, statistics, codebook, *rotation, processes, outputs)
 
     def dequantize(self, name: str, layer: QuantizedLayer) -> Tensor:
         block = self.config.block(self.shape(name)[1])

@@ -30,9 +30,18 @@ def cholesky_feedback(hessian: Tensor, vector_dim: int) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: `hessian` is not positive definite.
     """
-    size = len(hessian)
+    return feedback_of(inverse_cholesky(hessian), vector_dim)
+
+
+def inverse_cholesky(hessian: Tensor) -> Tensor:
+    """Upper U, fp64 [K, K], with U^T U the inverse of `hessian`; errors as `cholesky_feedback`."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def feedback_of(upper: Tensor, vector_dim: int) -> Tensor:
+    """`cholesky_feedback` for the result of `inverse_cholesky`."""
+    size = len(upper)
     rows = upper.view(-1, vector_dim, size)  # [K / g, g, K]
     groups = torch.arange(len(rows))
     diagonal = rows.unflatten(2, (-1, vector_dim))[groups, :, groups]  # [K / g, g, g]

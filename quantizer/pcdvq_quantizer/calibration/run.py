@@ -14,8 +14,10 @@ from torch import Tensor
 from pcdvq_quantizer.calibration.allocation import choose_rates
 from pcdvq_quantizer.calibration.decoder import Call, LayeredModel
 from pcdvq_quantizer.calibration.experts import FEW_TOKENS, Routed, quantize_experts
+from pcdvq_quantizer.calibration.objectives import HESSIAN, OBJECTIVES, Objective
+from pcdvq_quantizer.calibration.objectives.base import StageObjective, Text
 from pcdvq_quantizer.calibration.parallel import ALONE, Processes
-from pcdvq_quantizer.calibration.replay import Replay, Stage, run_original, text_decides
+from pcdvq_quantizer.calibration.replay import Replay, run_original, text_decides
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.calibration.text import calibration_tokens
 from pcdvq_quantizer.experts import Experts, experts_of
@@ -90,6 +92,8 @@ def calibrate(
     device = processes.device
     model = LayeredModel(plan.source, plan.selection.layers, device)
     directory = writer.work_directory
+    chosen = plan.options.objective if isinstance(plan, PCDVQPlan) else HESSIAN
+    objective = OBJECTIVES[chosen](directory)
     with torch.no_grad():
         with processes.first_alone():  # which writes what the others then read
             state = CalibrationState.load(directory, device, processes)
@@ -100,10 +104,12 @@ def calibrate(
             check_windows(len(state.tokens), processes.count)
             if isinstance(plan, PCDVQPlan) and plan.options.is_mixed:
                 plan = choose_rates(plan, model, state.tokens, directory, progress)
+            text = Text(state.tokens, plan.options.seed)
+            objective.prepare(model, plan.selection.linears, text, progress)
         progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
         if plan.selection.embedding is not None:  # done with the first hidden states
             progress.advance(plan.size(plan.selection.embedding))
-        _Calibration(plan, writer, model, progress, processes).run(state)
+        _Calibration(plan, writer, model, objective, progress, processes).run(state)
     return plan
 
 
@@ -146,12 +152,14 @@ class _Calibration:
         plan: Plan,
         writer: CheckpointWriter,
         model: LayeredModel,
+        objective: Objective,
         progress: Progress,
         processes: Processes,
     ) -> None:
         self._plan = plan
         self._writer = writer
         self._model = model
+        self._objective = objective
         self._progress = progress
         self._processes = processes
 
@@ -181,19 +189,26 @@ class _Calibration:
             if isinstance(experts, Experts):
                 self._quantize_experts(f"{name}.{stage.linears[0]}", experts, replay, number)
             else:
-                statistics = InputStatistics.gather(_pairs(stage, replay, number), self._processes)
                 names = [f"{name}.{linear}" for linear in stage.linears]
-                self._quantize_linears(names, statistics)
+                goal = self._objective.stage(names)
+                weights = goal.weights
+                if weights is not None:
+                    weights = weights[self._processes.share(len(weights))]
+                pairs = _pairs(replay, number, weights)
+                statistics = InputStatistics.gather(pairs, self._processes)
+                self._quantize_linears(names, statistics, goal)
             stage.inputs.clear()
         state.original, state.quantized = original, replay.output()
         self._model.unload(index)
 
-    def _quantize_linears(self, names: list[str], statistics: InputStatistics) -> None:
+    def _quantize_linears(
+        self, names: list[str], statistics: InputStatistics, goal: StageObjective | None = None
+    ) -> None:
         """Quantize linears that read inputs of these moments, in place."""
         _check_finite(statistics.hessian, f"input of {names[0]}")
         weights = [self._model.model.get_parameter(f"{name}.weight") for name in names]
         packed, dense = self._plan.quantize_stage(
-            names, [weight.data.cpu() for weight in weights], statistics, self._processes
+            names, [weight.data.cpu() for weight in weights], statistics, self._processes, goal
         )
         if self._processes.rank == 0:
             for name, layer in zip(names, packed, strict=True):
@@ -218,15 +233,19 @@ class _Calibration:
         return [name for name in self._plan.selection.layers if name.startswith(f"{layer}.")]
 
 
-def _pairs(stage: Stage, replay: Replay, number: int) -> Iterator[Inputs]:
-    """Inputs of `stage`, the one of this number, in both models; its linears are the original's."""
+def _pairs(replay: Replay, number: int, weights: Tensor | None) -> Iterator[Inputs]:
+    """Inputs of stage `number` in both models; its linears are the original's.
+
+    `weights` fp32 [S, T] are those of tokens.
+    """
+    stage = replay.stages[number]
     weight = replay.layer.get_parameter(f"{stage.linears[0]}.weight")
     for sequence, x in enumerate(replay.inputs(number)):
         original, lack = stage.inputs[sequence], None
         if stage.residual is not None:
             drift = stage.residual[sequence] - replay.residual[sequence]
             lack = drift.addmm(original - x, weight.T)
-        yield Inputs(original, x, lack)
+        yield Inputs(original, x, lack, None if weights is None else weights[sequence])
 
 
 def _check_finite(values: Tensor, what: str) -> None:

@@ -12,13 +12,15 @@ Sensitivity-Aware VQ, 2025) with layers in place of channels.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pcdvq_quantizer.calibration.decoder import Call, LayeredModel
-from pcdvq_quantizer.calibration.replay import forward_layer
+from pcdvq_quantizer.calibration.decoder import LayeredModel
+from pcdvq_quantizer.calibration.gradients import run_back
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.progress import Progress
 
@@ -39,52 +41,24 @@ def measure_sensitivity(
         Layers that read the same activation, such as q, k and v, to their loss (nats, summed over
         tokens) per relative error |W' - W|^2 / |W|^2.
     """
-    with torch.no_grad():
-        hidden, calls = model.embed(tokens)
-        inputs = []
-        for index in range(len(model.layers)):
-            inputs.append(hidden)
-            hidden = _run(model, index, calls[index], hidden)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    gradient = torch.stack([_head_gradient(model, row, generator) for row in hidden])
     sensitivity: dict[tuple[str, ...], float] = {}
-    for index in reversed(range(len(model.layers))):
+
+    @contextmanager
+    def observe(index: int, layer: nn.Module) -> Iterator[None]:
         prefix = model.layers[index]
-        names = [name for name in linears if name.startswith(f"{prefix}.")]
-        watch = _Watch(model.load(index), prefix, names)
-        for number, row in enumerate(inputs.pop()):
-            with torch.enable_grad():
-                leaf = row.clone().requires_grad_()
-                output = forward_layer(watch.layer, calls[index], leaf)[0]
-            (gradient[number],) = torch.autograd.grad(output, leaf, gradient[number])
-        sensitivity |= watch.finish()
-        model.unload(index)
+        watch = _Watch(layer, prefix, [name for name in linears if name.startswith(f"{prefix}.")])
+        yield
+        sensitivity.update(watch.finish())
         progress.advance(1)
+
+    run_back(model, tokens, seed, [], observe)
     return sensitivity
-
-
-def _run(model: LayeredModel, index: int, call: Call, hidden: Tensor) -> Tensor:
-    layer = model.load(index)
-    output = torch.cat([forward_layer(layer, call, row) for row in hidden])
-    model.unload(index)
-    return output
-
-
-def _head_gradient(model: LayeredModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient [T, H] of the log-probability of sampled labels to the last hidden states."""
-    with torch.enable_grad():
-        leaf = hidden.clone().requires_grad_()
-        logits = model.logits(leaf)
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return torch.autograd.grad(loss, leaf)[0]
 
 
 class _Watch:
     """Sees inputs and output gradients of the linears of one decoder layer."""
 
     def __init__(self, layer: nn.Module, prefix: str, names: list[str]) -> None:
-        self.layer = layer
         self._inputs: dict[tuple[str, ...], list[Tensor]] = {}
         self._last: tuple[Tensor, tuple[str, ...]] | None = None
         self._losses: dict[str, float] = defaultdict(float)

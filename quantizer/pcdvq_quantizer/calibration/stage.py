@@ -10,7 +10,9 @@ from pcdvq_kernels.hadamard import block_hadamard
 from pcdvq_kernels.packing import pack_codes, pack_signs
 from torch import Tensor
 
+from pcdvq_quantizer.calibration.kronecker import RowFactor, kronecker_ldlq
 from pcdvq_quantizer.calibration.ldlq import cholesky_feedback, ldlq
+from pcdvq_quantizer.calibration.objectives.base import OutputFisher
 from pcdvq_quantizer.calibration.parallel import ALONE, Processes
 from pcdvq_quantizer.calibration.statistics import InputStatistics
 from pcdvq_quantizer.codebooks import NamedCodebook
@@ -19,6 +21,7 @@ from pcdvq_quantizer.layer import (
     QuantizedLinear,
     initial_row_scale,
     refit_row_scale,
+    refit_row_scales,
 )
 
 # Added to the diagonal of a Hessian, as a share of its mean: see QUALITY.md.
@@ -33,6 +36,7 @@ def quantize_stage(
     signs: Tensor,
     block: int,
     processes: Processes = ALONE,
+    outputs: list[OutputFisher] | None = None,
 ) -> tuple[list[QuantizedLinear], list[Tensor]]:
     """Quantize linears that read the same activation.
 
@@ -48,6 +52,7 @@ def quantize_stage(
         codebook: for all of them.
         signs, block: of the rotation, as in `quantize_linear`.
         processes: each rounds its share of the rows.
+        outputs: for each linear, what errors of its outputs cost; None: all the same.
 
     Returns:
         (packed layers; what they decode to, fp32 [N_i, K]).
@@ -62,7 +67,11 @@ def quantize_stage(
     lack = None if statistics.lack is None else moments.wanted[shares[0]]
     aim = asymmetric_target(original, moments, lack)
     counts = [len(part) for part in parts]
-    codes, row_scale, decoded = _round(aim, moments, codebook, counts)
+    if outputs is None:
+        codes, row_scale, decoded = _round(aim, moments, codebook, counts)
+    else:
+        blocks = [b for each, s in zip(outputs, shares, strict=True) for b in each.rows(s)]
+        codes, row_scale, decoded = _round_rows(aim, moments, codebook, blocks)
     layers, dense = [], []
     split = (each.split(counts) for each in (original, aim, codes, row_scale, decoded))
     rows = zip(*split, strict=True)
@@ -125,6 +134,21 @@ def _round(
     codes, levels = (torch.cat(each) for each in zip(*rounded, strict=True))
     row_scale = refit_row_scale(aim, levels, moments.hessian)
     return codes, row_scale, levels * row_scale.float().unsqueeze(1)
+
+
+def _round_rows(
+    aim: Tensor, moments: Moments, codebook: NamedCodebook, blocks: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_round` with the Fisher information of the outputs: its diagonal blocks, fp64 [n_i, n_i]."""
+    results = []
+    for part, fisher in zip(aim.split([len(block) for block in blocks]), blocks, strict=True):
+        scale = initial_row_scale(part, codebook)
+        rows = RowFactor.of(fisher)
+        codes, levels = kronecker_ldlq(part, scale, moments.feedback, rows, codebook.encoder)
+        row_scale = refit_row_scales(part, levels, moments.hessian, rows.fisher)
+        results.append((codes, row_scale, levels * row_scale.float().unsqueeze(1)))
+    codes, row_scale, decoded = (torch.cat(each) for each in zip(*results, strict=True))
+    return codes, row_scale, decoded
 
 
 def damped_feedback(moments: InputStatistics, vector_dim: int) -> tuple[Tensor, Tensor]:

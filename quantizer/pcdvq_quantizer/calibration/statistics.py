@@ -24,22 +24,24 @@ class Inputs:
         quantized: fp32 [T, K], in the model quantized so far.
         lack: fp32 [T, N], what the output of a stage of one linear lacks of the wanted one, with
             the linear's original weight. None: what the original model's inputs would change.
+        weight: fp32 [T], what a squared error at each token costs. None: all the same.
     """
 
     original: Tensor
     quantized: Tensor
     lack: Tensor | None = None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Moments of the inputs of one stage, x in the quantized model.
+    """Moments of the inputs of one stage, x in the quantized model; means by `Inputs.weight`.
 
     Attributes:
         hessian: fp64 [K, K], mean of x x^T.
         cross: fp64 [K, K], mean of (x_original - x) x^T; empty where `lack` is given.
         lack: fp64 [N, K], mean of `Inputs.lack` x^T, or None.
-        tokens: how many inputs.
+        tokens: how many inputs; with weights w as many as say as much, (sum w)^2 / sum w^2.
     """
 
     hessian: Tensor
@@ -51,20 +53,25 @@ class InputStatistics:
     def gather(cls, inputs: Iterable[Inputs], processes: Processes = ALONE) -> InputStatistics:
         """Accumulate the moments of `inputs` of all `processes`; they are on the CPU."""
         hessian, cross, lack = _Product(), _Product(), _Product()
-        tokens = torch.zeros((), dtype=torch.int64)
+        powers = torch.zeros(2, dtype=torch.float64)  # sum of weights, sum of their squares
         for each in inputs:
-            x = each.quantized
-            hessian.add_square(x)
-            if each.lack is None:
-                cross.add(each.original - x, x)
+            x, wrong = each.quantized, each.lack
+            if wrong is None:
+                wrong = each.original - x
+            if each.weight is None:
+                powers += len(x)
             else:
-                lack.add(each.lack, x)
-            tokens += len(x)
+                root = each.weight.to(x.device).sqrt().unsqueeze(1)
+                x, wrong = x * root, wrong * root
+                weight = each.weight.cpu().double()
+                powers += torch.stack([weight.sum(), weight.square().sum()])
+            hessian.add_square(x)
+            (cross if each.lack is None else lack).add(wrong, x)
         products = [product.total() for product in (hessian, cross, lack) if product.parts]
-        processes.sum(tokens, *products)
-        square, other = (product / tokens for product in products)
+        processes.sum(powers, *products)
+        square, other = (product / powers[0].clamp_min(1e-30) for product in products)
         square = square.tril() + square.tril(-1).T
-        count = int(tokens)
+        count = round((powers[0].square() / powers[1].clamp_min(1e-30)).item())
         if lack.parts:
             return cls(square, torch.empty(0, dtype=torch.float64), other, count)
         return cls(square, other, None, count)
@@ -92,6 +99,18 @@ class InputStatistics:
         return InputStatistics(self.hessian[order][:, order], cross, lack, self.tokens)
 
 
+def add_lower_square(sums: Tensor, x: Tensor) -> None:
+    """Add the lower triangle of x^T x, x fp32 [T, K], to `sums` [K, K].
+
+    What that leaves above the diagonal is not to be used.
+    """
+    size = x.shape[1]
+    rows = -(-size // BLOCKS)
+    for start in range(0, size, rows):
+        end = min(start + rows, size)
+        sums[start:end, :end].addmm_(x[:, start:end].T, x[:, :end])
+
+
 class _Product:
     """Sum of a^T b over sequences: of a few in fp32, which is fast, of all in fp64."""
 
@@ -106,12 +125,7 @@ class _Product:
 
     def add_square(self, x: Tensor) -> None:
         """Add the lower triangle of x^T x, x fp32 [T, K]; what is above it is not to be used."""
-        size = x.shape[1]
-        part = self._begin(size, x)
-        rows = -(-size // BLOCKS)
-        for start in range(0, size, rows):
-            end = min(start + rows, size)
-            part[start:end, :end].addmm_(x[:, start:end].T, x[:, :end])
+        add_lower_square(self._begin(x.shape[1], x), x)
 
     def _begin(self, rows: int, b: Tensor) -> Tensor:
         """The fp32 sum [rows, K] that a product with b [T, K] is added to."""

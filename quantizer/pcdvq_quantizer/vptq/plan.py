@@ -14,6 +14,7 @@ from pcdvq_kernels.vptq.layout import FLOAT_DTYPES, QUANT_METHOD, TABLES, VPTQLa
 from pcdvq_kernels.vptq.reference import dequantize
 from torch import Tensor
 
+from pcdvq_quantizer.calibration.objectives.base import StageObjective
 from pcdvq_quantizer.calibration.parallel import Processes
 from pcdvq_quantizer.calibration.statistics import InputStatistics
 from pcdvq_quantizer.experts import experts_of
@@ -99,6 +100,7 @@ class VPTQPlan(Plan):
         weights: list[Tensor],
         statistics: InputStatistics,
         processes: Processes,
+        goal: StageObjective | None = None,
     ) -> tuple[Sequence[StoredLayer], list[Tensor]]:
         """As the base's; process 0 does it, since the tables are for all rows of a layer."""
         layers: list[StoredLayer] = []

@@ -12,9 +12,9 @@ from pcdvq_kernels.vptq.layout import MOST_CENTROIDS, MOST_ROWS, VPTQLayout
 DEFAULT_BITS = 4.0
 INDEX_BITS = MOST_CENTROIDS.bit_length() - 1
 # Bits per weight by which vectors of a length v are above the rate-distortion bound of N(0, 1) at
-# high rates (Zador 1982): log2(2 pi G ((v + 2) / v)^((v + 2) / 2)) / 2, where G is the second moment
-# of the best lattice known (Conway and Sloane, Sphere Packings, table 2.3), interpolated between 8,
-# 12 and 16.
+# high rates (Zador 1982): log2(2 pi G ((v + 2) / v)^((v + 2) / 2)) / 2, where G is the second
+# moment of the best lattice known (Conway and Sloane, Sphere Packings, table 2.3), interpolated
+# between 8, 12 and 16.
 SHAPE_LOSS = {
     **{2: 0.506, 3: 0.412, 4: 0.350, 5: 0.313, 6: 0.280, 7: 0.255, 8: 0.229},
     **{9: 0.219, 10: 0.208, 11: 0.198, 12: 0.187, 13: 0.179, 14: 0.171, 15: 0.163, 16: 0.154},

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pcdvq_kernels.checkpoint import PACKED_TENSORS
 from pcdvq_kernels.config import FORMAT_VERSION, PCDVQCheckpointConfig
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.hadamard import choose_block
@@ -205,10 +204,6 @@ class Plan(ABC):
             (the layers, for process 0 to write; what they decode to, fp32 [N_i, K]).
         """
 
-    @abstractmethod
-    def dequantize(self, name: str, layer: QuantizedLayer) -> Tensor:
-        """What `layer`, which `quantize` made of `name`, decodes to: fp32 [N, K]."""
-
     def load(self, name: str) -> Tensor:
         """The weight of layer `name`.
 
@@ -300,10 +295,10 @@ class PCDVQPlan(Plan):
         outputs = goal.outputs if goal else None
         return quantize_stage(weights, statistics, codebook, *rotation, processes, outputs)
 
-    def dequantize(self, name: str, layer: QuantizedLayer) -> Tensor:
-        block = self.config.block(self.shape(name)[1])
-        qweight, row_scale, signs_in = (layer.tensors()[part] for part in PACKED_TENSORS)
-        return dequantize(qweight, row_scale, signs_in, self.codebooks[name].codebook, block)
+    def dequantize(self, name: str, layer: QuantizedLinear) -> Tensor:
+        """What `layer`, which `quantize` made of `name`, decodes to: fp32 [N, K]."""
+        block, book = self.config.block(self.shape(name)[1]), self.codebooks[name].codebook
+        return dequantize(layer.qweight, layer.row_scale, layer.signs_in, book, block)
 
     def _rotation(self, in_features: int) -> tuple[Tensor, int]:
         """Signs and block."""

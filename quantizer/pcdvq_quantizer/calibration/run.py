@@ -127,13 +127,13 @@ def _begin(plan: Plan, writer: CheckpointWriter, model: LayeredModel, progress: 
     tokens = calibration_tokens(plan, model, progress)
     original, _ = model.embed(tokens)
     quantized = original.clone()
-    if plan.selection.embedding is not None:
+    if isinstance(plan, PCDVQPlan) and plan.selection.embedding is not None:
         quantized = _embed_quantized(plan, plan.selection.embedding, writer, model, tokens)
     CalibrationState(0, tokens, original, quantized).save(writer.work_directory)
 
 
 def _embed_quantized(
-    plan: Plan, name: str, writer: CheckpointWriter, model: LayeredModel, tokens: Tensor
+    plan: PCDVQPlan, name: str, writer: CheckpointWriter, model: LayeredModel, tokens: Tensor
 ) -> Tensor:
     """What embedding `name`, quantized, makes of `tokens`: fp32 [S, T, H]."""
     layer = plan.quantize(name)

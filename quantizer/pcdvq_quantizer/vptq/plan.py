@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from pcdvq_kernels.errors import PCDVQError
-from pcdvq_kernels.vptq.layout import FLOAT_DTYPES, QUANT_METHOD, TABLES, VPTQLayout
-from pcdvq_kernels.vptq.reference import dequantize
+from pcdvq_kernels.vptq.layout import FLOAT_DTYPES, QUANT_METHOD, VPTQLayout
 from torch import Tensor
 
 from pcdvq_quantizer.calibration.objectives.base import StageObjective
 from pcdvq_quantizer.calibration.parallel import Processes
 from pcdvq_quantizer.calibration.statistics import InputStatistics
 from pcdvq_quantizer.experts import experts_of
-from pcdvq_quantizer.layer import QuantizedLayer, StoredLayer
+from pcdvq_quantizer.layer import StoredLayer
 from pcdvq_quantizer.plan import Plan, RunOptions, check_unquantized
 from pcdvq_quantizer.selection import DEFAULT_SKIP, select_layers
 from pcdvq_quantizer.sources import Source
@@ -112,11 +111,3 @@ class VPTQPlan(Plan):
             return tuple(dense)
 
         return layers, list(processes.once(make))
-
-    def dequantize(self, name: str, layer: QuantizedLayer) -> Tensor:
-        stored = layer.tensors()
-        tensors = {
-            key: stored[f"{key}.weight" if key in TABLES else key]
-            for key in self.layouts[name].tensors()
-        }
-        return dequantize(self.layouts[name], tensors)

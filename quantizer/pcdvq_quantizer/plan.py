@@ -98,6 +98,11 @@ class QuantizeOptions(RunOptions):
                 f"there is no objective {self.objective!r}; --objective is one of "
                 f"{', '.join(OBJECTIVES)}"
             )
+        if self.calibration == NONE and self.objective != QuantizeOptions.objective:
+            raise PCDVQError(
+                f"--objective {self.objective} is measured on calibration text; drop it or "
+                "--calibration none"
+            )
         rates = offered_rates(self.codec)
         if not rates[0] <= self.bits <= rates[-1]:
             raise PCDVQError(

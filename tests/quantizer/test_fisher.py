@@ -263,6 +263,8 @@ def test_layers_no_prediction_depends_on(
     assert torch.equal(goal.outputs[0].blocks[0], torch.eye(256))
 
 
-def test_unknown_objective(model: Path) -> None:
+def test_bad_options(model: Path) -> None:
+    with pytest.raises(PCDVQError, match="--objective fisher is measured on calibration text"):
+        make_plan(str(model), replace(OPTIONS, calibration="none"))
     with pytest.raises(PCDVQError, match=r"no objective 'riemann'.*hessian, fisher"):
         make_plan(str(model), replace(OPTIONS, objective="riemann"))

@@ -67,7 +67,7 @@ def quantize_stage(
     lack = None if statistics.lack is None else moments.wanted[shares[0]]
     aim = asymmetric_target(original, moments, lack)
     counts = [len(part) for part in parts]
-    if outputs is None:
+    if outputs is None or not len(aim):
         codes, row_scale, decoded = _round(aim, moments, codebook, counts)
     else:
         blocks = [b for each, s in zip(outputs, shares, strict=True) for b in each.rows(s)]

@@ -25,7 +25,7 @@ from pcdvq_kernels.arguments import ACTIVATIONS
 from pcdvq_kernels.codebook import Codebook
 from pcdvq_kernels.config import DEFAULT_ACTIVATIONS
 from pcdvq_kernels.hadamard import choose_block
-from pcdvq_kernels.ops import Layout
+from pcdvq_kernels.ops import Layout, prepack_weight
 from pcdvq_quantizer.codebooks import OFFERED, get_codebook
 from torch import Tensor
 
@@ -46,7 +46,8 @@ class Layer:
 
     codebook: Codebook
     codewords: Tensor
-    qweights: Tensor  # [copies, N, row_bytes]
+    codes: Tensor  # uint8 [N, row_bytes], those of the first copy
+    qweights: Tensor  # [copies, ...], as the operator takes them
     row_scale: Tensor
     signs_in: Tensor
     layout: Layout
@@ -71,7 +72,7 @@ class Layer:
         x = x.float()
         expected = reference.linear(
             x,
-            self.qweights[0][rows],
+            self.codes[rows],
             self.row_scale[rows],
             self.signs_in,
             self.codebook,
@@ -90,13 +91,17 @@ def make_layer(codec: str, n: int, k: int, packed_bytes: int, activations: str) 
     codebook = get_codebook(*CODECS[codec]).codebook
     spec = codebook.spec
     copies = -(-packed_bytes // (n * spec.row_bytes(k)))
+    codes = random_bytes(copies, n, spec.row_bytes(k))
+    codewords = codebook.codewords()
+    layout = Layout(choose_block(k, max_tp=8), spec, activations)
     return Layer(
         codebook=codebook,
-        codewords=codebook.codewords(),
-        qweights=random_bytes(copies, n, spec.row_bytes(k)),
+        codewords=codewords,
+        codes=codes[0],
+        qweights=torch.stack([prepack_weight(q, codewords, layout, k) for q in codes]),
         row_scale=torch.rand(n) / 1024,
         signs_in=random_bytes(k // 8),
-        layout=Layout(choose_block(k, max_tp=8), spec, activations),
+        layout=layout,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from pcdvq_kernels import reference
 from pcdvq_kernels.checkpoint import PACKED_TENSORS, QWEIGHT, REMEDY, ROW_SCALE, SIGNS_IN
 from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.cpu_packing import unpack
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from pcdvq_kernels.hadamard import choose_block
 from pcdvq_kernels.ops import Layout, kernels_for, prepack_weight
@@ -45,7 +46,7 @@ class PCDVQLinearMethod(LinearMethodBase):
         row_scale  bfloat16 [N]
         signs_in   uint8 [slots, K / 8], one row per part of a fused layer
     and afterwards
-        qweight    unchanged, or int32 words where the device computes with those
+        qweight    unchanged, or as the device reads it fastest (`prepack_weight`)
         row_scale  float32 [N]
         signs_in   uint8 [K / 8]
         codewords  int8, shared by all layers; see `pcdvq_kernels.ops`
@@ -83,7 +84,8 @@ class PCDVQLinearMethod(LinearMethodBase):
         rows, slots = sum(output_partition_sizes), len(output_partition_sizes)
         vllm_config = get_current_vllm_config_or_none()
         activations = self.config.activations(vllm_config)
-        self.layout = Layout(self.block, self.spec, activations).to_ints()
+        self.layout = Layout(self.block, self.spec, activations)
+        self.layout_ints = self.layout.to_ints()
         model = vllm_config and vllm_config.model_config
         self.config.add_layer(self.kind, self.codebook, rows * input_size_per_partition, model)
 
@@ -132,13 +134,15 @@ class PCDVQLinearMethod(LinearMethodBase):
         row_scale, signs_in = self._finish(layer)
         device = layer.qweight.device
         levels = codebooks.codebook(self.codebook, device).codewords()
-        layout = Layout(self.block, self.spec)
-        qweight = prepack_weight(layer.qweight.data, levels, layout, 8 * signs_in.shape[0])
+        qweight = self.prepack(layer.qweight.data, levels, 8 * signs_in.shape[0])
         for name, data in ((QWEIGHT, qweight), (ROW_SCALE, row_scale), (SIGNS_IN, signs_in)):
             layer.register_parameter(name, Parameter(data.data, requires_grad=False))
         codewords = codebooks.codewords(self.codebook, device)
         layer.register_buffer("codewords", codewords, persistent=False)
         self.config.startup.add_ready(layer, time.monotonic() - started, kernels_for(device))
+
+    def prepack(self, qweight: Tensor, codewords: Tensor, in_features: int) -> Tensor:
+        return prepack_weight(qweight, codewords, self.layout, in_features)
 
     def _finish(self, layer: PackedLayer) -> tuple[Tensor, Tensor]:
         """Check the loaded parameters: float32 row_scale [N] and uint8 signs_in [K / 8]."""
@@ -170,7 +174,7 @@ class PCDVQLinearMethod(LinearMethodBase):
             layer.signs_in,
             layer.codewords,
             bias,
-            self.layout,
+            self.layout_ints,
         )
 
     def dequantize_weight(self, layer: PackedLayer) -> Tensor:
@@ -178,7 +182,10 @@ class PCDVQLinearMethod(LinearMethodBase):
         row_scale, signs_in = self._finish(layer)
         codebooks = self.config.loaded_codebooks()
         codebook = codebooks.codebook(self.codebook, layer.qweight.device)
-        dense = reference.dequantize(layer.qweight.data, row_scale, signs_in, codebook, self.block)
+        qweight = layer.qweight.data
+        if qweight.dim() == 3:
+            qweight = unpack(qweight, self.layout_ints, len(row_scale), 8 * len(signs_in))
+        dense = reference.dequantize(qweight, row_scale, signs_in, codebook, self.block)
         return dense.to(self.params_dtype)
 
 

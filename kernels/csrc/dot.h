@@ -195,13 +195,23 @@ void dots(const Weights& w, int64_t row, int64_t rows, const WordRows& x, int64_
   for (int64_t r = 0; r < rows; r += 4) run(w, row + r, smaller(4, rows - r), x, out + r);
 }
 
+template <int DIM, int CODE_BITS, bool PARITY, int STATES>
+bool is_lookup(const PcdvqLayout& layout) {
+  return layout.vector_dim == DIM && layout.sign_bits == DIM && layout.state_bits == STATES &&
+         layout.rotation_bits == (STATES ? log2_of(DIM) : 0) && (layout.parity > 0) == PARITY &&
+         layout.sign_bits + layout.pattern_bits + layout.magnitude_bits == CODE_BITS;
+}
+
+template <int DIM, int CODE_BITS>
+bool is_direct(const PcdvqLayout& layout) {
+  return layout.vector_dim == DIM && !layout.sign_bits &&
+         layout.pattern_bits + layout.magnitude_bits == CODE_BITS;
+}
+
 template <int DIM, int CODE_BITS, bool PARITY, int STATES = 0>
 bool match_lookup(const PcdvqLayout& layout, Decoder* decoder) {
   using L = Lookup<DIM, CODE_BITS, PARITY, STATES>;
-  const bool same =
-      layout.vector_dim == DIM && layout.sign_bits == DIM && layout.state_bits == STATES &&
-      layout.rotation_bits == L::kRotationBits && (layout.parity > 0) == PARITY &&
-      layout.sign_bits + layout.pattern_bits + layout.magnitude_bits == CODE_BITS;
+  const bool same = is_lookup<DIM, CODE_BITS, PARITY, STATES>(layout);
   if (same) *decoder = {decode_units<L>, dot<L>, dots<L>, STATES ? L::expand : nullptr};
   return same;
 }
@@ -216,8 +226,7 @@ bool match_pyramids(const PcdvqLayout& layout, Decoder* decoder) {
 
 template <int DIM, int CODE_BITS, class L>
 bool match_direct(const PcdvqLayout& layout, Decoder* decoder) {
-  const bool same = layout.vector_dim == DIM && !layout.sign_bits &&
-                    layout.pattern_bits + layout.magnitude_bits == CODE_BITS;
+  const bool same = is_direct<DIM, CODE_BITS>(layout);
   if (same) *decoder = {decode_units<L>, nullptr, dots<L>, nullptr};
   return same;
 }

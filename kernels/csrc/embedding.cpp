@@ -58,8 +58,8 @@ struct Embedding {
     {
       alignas(64) int8_t table[kTableBytes];
       if (decoder.expand) decoder.expand(p.codewords, table);
-      const Weights weights{p.qweight, decoder.expand ? table : p.codewords, p.row_bytes,
-                            p.k, p.layout};
+      const Weights weights{p.qweight, decoder.expand ? table : p.codewords, p.n, p.k,
+                            p.row_bytes, p.layout};
       float* row = rows.get() + thread_index() * row_floats;
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < p.count; ++i) look_up(weights, no_signs.get(), i, row);

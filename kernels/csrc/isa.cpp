@@ -29,7 +29,7 @@ const Kernels* kernels_for(int32_t isa) {
 
 }  // namespace pcdvq
 
-void pcdvq_struct_bytes(int64_t bytes[7]) {
+void pcdvq_struct_bytes(int64_t bytes[8]) {
   bytes[0] = sizeof(PcdvqLinear);
   bytes[1] = sizeof(PcdvqEmbedding);
   bytes[2] = sizeof(PcdvqMoe);
@@ -37,6 +37,7 @@ void pcdvq_struct_bytes(int64_t bytes[7]) {
   bytes[4] = sizeof(PcdvqTrellis);
   bytes[5] = sizeof(PcdvqVptqSegment);
   bytes[6] = sizeof(PcdvqVptq);
+  bytes[7] = sizeof(PcdvqPrepack);
 }
 
 int32_t pcdvq_best_isa() {
@@ -46,7 +47,13 @@ int32_t pcdvq_best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt") &&
                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  if (avx2 && __builtin_cpu_supports("avx512f")) return PCDVQ_ISA_AVX512;
+  // Ice Lake, Zen 4 and later; of earlier CPUs the AVX2 kernels are as fast.
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vbmi") &&
+                      __builtin_cpu_supports("avx512bitalg") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (avx2 && avx512) return PCDVQ_ISA_AVX512;
   if (avx2) return PCDVQ_ISA_AVX2;
 #endif
   return PCDVQ_ISA_SCALAR;

@@ -25,12 +25,40 @@ constexpr int64_t kSegmentRows = 16;
 constexpr int64_t kMaxStates = 16;
 
 struct Weights {
-  const uint8_t* qweight;  // [n, row_bytes]
-  const int8_t* table;     // what Decoder::expand made, or the codewords
-  int64_t row_bytes;
-  int64_t k;
+  const uint8_t* qweight;  // [n, row_bytes], or packed for BlockDecoder
+  const int8_t* table;     // what `expand` made, or the codewords
+  int64_t n, k, row_bytes;
   PcdvqLayout layout;
 };
+
+// Weight rows of a block and its steps of four columns; what a block is block_decode.h says.
+constexpr int64_t kBlockRows = 16;
+constexpr int64_t kBlockSteps = kScaleColumns / 4;
+constexpr int64_t kStepBytes = 4 * kBlockRows;
+
+// Decodes blocks [first, first + blocks) of weight rows [row, row + rows), at most kBlockRows. Step
+// s of block b is at levels + (kBlockSteps * b + s) * step. Columns past K and rows past the last get
+// any levels.
+using BlocksFn = void (*)(const Weights&, int64_t row, int64_t rows, int64_t first, int64_t blocks,
+                          int64_t step, uint8_t* levels);
+
+// Rows of int8 activations for blocks, in the order of steps.
+struct BlockRows {
+  int8_t* levels;        // [rows, stride]
+  float* scales;         // [rows, scale_stride], one for each block
+  int32_t* corrections;  // likewise: -128 times the sum of a block's levels
+  int64_t stride, scale_stride;
+
+  BlockRows from(int64_t row, int64_t block) const {
+    const int64_t at = row * scale_stride + block;
+    return {levels + row * stride + block * kScaleColumns, scales + at, corrections + at, stride,
+            scale_stride};
+  }
+};
+
+// acc [x_rows, kBlockRows] += x times weight rows [row, row + rows), at most kBlockRows.
+using BlockDotFn = void (*)(const Weights&, int64_t row, int64_t rows, const BlockRows& x,
+                            float* acc);
 
 // Decodes units [first, first + units) of weight rows [row, row + rows) into panel
 // [rows, kPanelColumns]. What it writes for columns past K is any level.
@@ -70,6 +98,31 @@ struct Decoder {
   void (*expand)(const int8_t* codewords, int8_t* table);
 };
 
+struct BlockDecoder {
+  BlocksFn decode;
+  BlockDotFn dot[3];                                       // for 1, 4 and 8 rows of x
+  void (*expand)(const int8_t* codewords, int8_t* table);  // as above
+  int64_t codeword_bytes;                                  // that `expand` reads
+
+  // Of packed codes only. A packed weight is [strips of kBlockRows rows][blocks][block_bytes].
+  void (*pack)(const Weights& rows, int64_t strip, uint8_t* out);  // one strip
+  int64_t block_bytes;
+
+  // Steps have a coordinate of four codes of so many columns each; 0: four columns in order.
+  int64_t order_dim;
+};
+
+// Strips of kBlockRows weight rows that share reads of activations.
+constexpr int64_t kPanelStrips = 4;
+
+// Activations against the blocks of kPanelStrips strips.
+struct BlockTiles {
+  BlockRows x;  // from the first block on
+  int64_t rows, blocks;
+  const uint8_t* levels;  // [blocks, kBlockSteps, kPanelStrips, kStepBytes]
+  float* acc;             // [rows, kPanelStrips, kBlockRows]
+};
+
 // Activations of a panel's columns against the panel, in the order of units.
 struct Tiles {
   const void* x;        // [rows, x_stride], float or int16
@@ -99,6 +152,21 @@ struct VptqStrip {
   int64_t x_stride, tokens;
   float* panel;  // [kPanelColumns, kStripLanes], scratch
   float* sums;   // [tokens, kStripLanes]
+};
+
+struct BlockKernels {
+  // Of packed codes or rows of codes; `decode` is null where the layout is not packed.
+  BlockDecoder (*decoder)(const PcdvqLayout&, bool packed);
+
+  // Quantizes `columns` rotated activations, in the order of columns; `x` has room for whole blocks.
+  void (*quantize)(float* x, int64_t columns, int64_t order_dim, const BlockRows& out);
+
+  // acc += x times the blocks.
+  void (*accumulate)(const BlockTiles&);
+
+  // out[i] = acc[i] * row_scale[i] + bias[i], `count` of them; bias may be null.
+  void (*finish)(const float* acc, const float* row_scale, const float* bias, int64_t count,
+                 int32_t dtype, void* out);
 };
 
 struct Kernels {
@@ -138,6 +206,9 @@ struct Kernels {
   void (*trellis)(const PcdvqTrellis& problem, int64_t first, int64_t count);
 
   void (*vptq)(const VptqStrip& strip);
+
+  // Int8 activations by blocks; null where panels are used for them too.
+  const BlockKernels* blocks;
 };
 
 constexpr int64_t kNearestGroups = 256;

@@ -14,7 +14,7 @@ namespace {
 
 const Kernels kKernels = {
     Vec::kLanes, find_decoder, rotate, order_floats, quantize_int8, quantize_int16, to_floats,
-    to_int16, accumulate, accumulate_int, reduce, reduce_int, nearest, trellis, vptq,
+    to_int16, accumulate, accumulate_int, reduce, reduce_int, nearest, trellis, vptq, kBlocks,
 };
 
 }  // namespace

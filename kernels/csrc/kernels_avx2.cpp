@@ -34,6 +34,12 @@ inline void take_greater(Vec score, int32_t c, Vec& best, Index& index) {
 }  // namespace pcdvq
 
 #include "dot.h"
+namespace pcdvq {
+namespace {
+constexpr const BlockKernels* kBlocks = nullptr;
+}  // namespace
+}  // namespace pcdvq
+
 #include "kernels.h"
 
 namespace pcdvq {

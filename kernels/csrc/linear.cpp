@@ -1,78 +1,8 @@
 // Driver of pcdvq_linear: threads, blocking, scratch. The arithmetic is in the ISA kernels.
-#include <algorithm>
-#include <memory>
-#include <new>
-#include <type_traits>
-
-#include "buffer.h"
-#include "isa.h"
-#include "numeric.h"
-#include "threads.h"
+#include "linear_blocks.h"
 
 namespace pcdvq {
 namespace {
-
-// Activation rows that share a decode: at 256 rows decoding costs a few percent of the products,
-// and a thread's accumulators (256 x 24 x lanes floats) stay in L2.
-constexpr int64_t kBlockRows = 256;
-// Activation rows up to which decoding in registers beats decoding to panels.
-constexpr int64_t kDotRows = 8;
-// Columns of one unit of the rotation, at least a Hadamard block.
-constexpr int64_t kRotateColumns = 1024;
-
-struct Linear {
-  const PcdvqLinear& p;
-  const Kernels& kernels;
-  const Decoder decoder;
-  const int64_t units;  // of columns
-  const bool floats;    // activations are fp32, else int8 or int16
-
-  Linear(const PcdvqLinear& problem, const Kernels& k)
-      : p(problem),
-        kernels(k),
-        decoder(k.decoder(problem.layout)),
-        units((problem.k + kUnitColumns - 1) / kUnitColumns),
-        floats(problem.layout.activations == PCDVQ_FLOAT) {}
-
-  float limit() const { return p.layout.activations == PCDVQ_INT8 ? 127.0f : 32767.0f; }
-
-  int64_t panels() const { return (p.n + kPanelRows - 1) / kPanelRows; }
-
-  int64_t rotate_run() const {
-    const int64_t block = p.layout.hadamard_block;
-    return std::max(block, kRotateColumns / block * block);
-  }
-
-  int64_t rotate_units() const { return (p.k + rotate_run() - 1) / rotate_run(); }
-
-  // Room for a run, padded to whole units.
-  int64_t run_floats() const { return round_up(std::min(rotate_run(), p.k), kUnitColumns); }
-
-  // Run `run` of activation row m, rotated, into `out`; returns its columns.
-  int64_t rotate(int64_t m, int64_t run, float* out) const {
-    const int64_t first = run * rotate_run();
-    const int64_t columns = std::min(rotate_run(), p.k - first);
-    const int64_t element = p.x_dtype == PCDVQ_F32 ? 4 : 2;
-    const char* x = static_cast<const char*>(p.x) + (m * p.k + first) * element;
-    kernels.rotate(x, p.x_dtype, p.signs_in + first / 8, columns, p.layout.hadamard_block, out);
-    return columns;
-  }
-
-  // Every thread makes its own table, in its own L1: less work than fetching another thread's.
-  Weights make_weights(int8_t* table) const {
-    if (decoder.expand) decoder.expand(p.codewords, table);
-    return {p.qweight, decoder.expand ? table : p.codewords, p.row_bytes, p.k, p.layout};
-  }
-
-  void write(float sum, int64_t m, int64_t n) const {
-    float y = sum * p.row_scale[n];
-    if (p.bias) y += load_element(p.bias, p.bias_dtype, n);
-    store_element(p.out, p.x_dtype, m * p.n + n, y);
-  }
-
-  PcdvqStatus run_dot(int threads) const;
-  PcdvqStatus run() const;
-};
 
 // One row of int8 activations: weights are decoded in registers. Every thread rotates the row for
 // itself, which takes less time than a barrier after a shared rotation.
@@ -208,7 +138,7 @@ struct Panels {
         p(l.p),
         kernels(l.kernels),
         lanes(kFloats ? l.kernels.lanes : 8),
-        block_rows(std::min(l.p.m, kBlockRows)),
+        block_rows(std::min(l.p.m, kSharingRows)),
         x_stride((round_up(l.p.k * sizeof(T), 4096) + 1024) / sizeof(T)),
         scale_stride(l.units * 8),
         x(allocate<T>(block_rows * x_stride)),
@@ -299,7 +229,9 @@ struct Panels {
 
 PcdvqStatus Linear::run() const {
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, panels())));
+  if (p.packed && !Blocks::takes(p, kernels)) return PCDVQ_NO_ISA;
   if (floats) return Panels<float>(*this).run(threads);
+  if (kernels.blocks && p.layout.activations == PCDVQ_INT8) return Blocks(*this, threads).run(threads);
   if (p.m > kDotRows || !decoder.dots) return Panels<int16_t>(*this).run(threads);
   const bool bytes = p.m == 1 && p.layout.activations == PCDVQ_INT8 && decoder.dot;
   return bytes ? run_dot(threads) : Dots(*this, threads).run(threads);

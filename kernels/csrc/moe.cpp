@@ -61,6 +61,7 @@ struct Moe {
                                  experts.n,
                                  experts.k,
                                  experts.row_bytes,
+                                 0,
                                  experts.layout,
                                  PCDVQ_F32,
                                  PCDVQ_F32,

@@ -45,15 +45,25 @@ struct PcdvqLayout {
 
 struct PcdvqLinear {
   const void* x;              // x_dtype [m, k]
-  const uint8_t* qweight;     // [n, row_bytes]
+  const uint8_t* qweight;     // [n, row_bytes], or what pcdvq_prepack made of it
   const float* row_scale;     // [n]
   const uint8_t* signs_in;    // [k / 8]
   const int8_t* codewords;    // int8 [codewords, vector_dim] (FORMAT.md)
   const void* bias;           // bias_dtype [n], or null
   void* out;                  // x_dtype [m, n]
   int64_t m, n, k, row_bytes;
+  int64_t packed;             // whether pcdvq_prepack made qweight
   PcdvqLayout layout;
   int32_t x_dtype, bias_dtype, threads, isa;
+};
+
+// Codes in the order in which pcdvq_linear reads them: a sequential stream.
+struct PcdvqPrepack {
+  const uint8_t* qweight;  // [n, row_bytes]
+  uint8_t* out;            // [ceil(n / 16), ceil(k / 64), pcdvq_packed_bytes]
+  int64_t n, k, row_bytes;
+  PcdvqLayout layout;
+  int32_t threads, isa;
 };
 
 struct PcdvqEmbedding {
@@ -112,6 +122,7 @@ struct PcdvqTrellis {
 struct PcdvqLinearShape {
   PcdvqLayout layout;
   int64_t k, row_bytes, codewords;
+  int64_t block_bytes;  // of a packed weight
 };
 
 // Functions of torch's stable C interface, by their names there; all return 0 for success.
@@ -168,13 +179,19 @@ struct PcdvqVptq {
 
 // Bytes of each problem's struct above, from PcdvqLinear on: a caller made for another version of this
 // interface must not call it.
-PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[7]);
+PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[8]);
 
 // The best PcdvqIsa of this CPU.
 PCDVQ_API int32_t pcdvq_best_isa();
 
 // out = row_scale * (Q @ (H S x)) + bias. Returns a PcdvqStatus.
 PCDVQ_API int32_t pcdvq_linear(const PcdvqLinear* problem);
+
+// Bytes of a block of 16 rows and 64 columns of a packed weight; 0 where this layout is not packed.
+PCDVQ_API int64_t pcdvq_packed_bytes(const PcdvqPrepack* problem);
+
+// Packs a weight for pcdvq_linear with the same layout and isa. Returns a PcdvqStatus.
+PCDVQ_API int32_t pcdvq_prepack(const PcdvqPrepack* problem);
 
 // out[i] = row ids[i] of the dense weight R Q H S. An id outside of [0, n) is PCDVQ_BAD_ID, and
 // nothing is written.

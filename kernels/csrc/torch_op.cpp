@@ -80,6 +80,11 @@ class Argument {
            contiguous();
   }
 
+  bool is(int32_t type, int64_t a, int64_t b, int64_t c) const {
+    return dtype() == type && dim() == 3 && sizes()[0] == a && sizes()[1] == b && sizes()[2] == c &&
+           contiguous();
+  }
+
  private:
   void* handle_;
 };
@@ -153,12 +158,14 @@ struct Call {
     p.x_dtype = float_dtype(x.dtype());
     const int64_t dim = x.dim();
     if (layout.count != kLayoutInts || p.x_dtype < 0 || dim < 1 || dim > kMostDims || !x.contiguous()) return nullptr;
-    if (qweight.dim() != 2) return nullptr;
+    if (row_scale.dim() != 1) return nullptr;
     std::memcpy(&p.layout, layout.values, sizeof p.layout);
     p.k = x.sizes()[dim - 1];
-    p.n = qweight.sizes()[0];
+    p.n = row_scale.sizes()[0];
     const PcdvqLinearShape* shape = find_shape(p.layout, p.k);
-    if (!shape || !qweight.is(kUint8, p.n, shape->row_bytes) || !row_scale.is(kFloat32, p.n) ||
+    if (!shape) return nullptr;
+    p.packed = qweight.is(kUint8, (p.n + 15) / 16, (p.k + 63) / 64, shape->block_bytes);
+    if (!(p.packed || qweight.is(kUint8, p.n, shape->row_bytes)) || !row_scale.is(kFloat32, p.n) ||
         !signs_in.is(kUint8, p.k / 8) ||
         !codewords.is(kInt8, shape->codewords, p.layout.vector_dim)) {
       return nullptr;

@@ -22,6 +22,8 @@ MAX_STATE_BITS = 4
 INT8_FIELDS = (1, 0, 0, 8, 0, 0, 0)  # of a layout whose codes are the levels
 # By their number in a layout.
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
+# Of a block of a weight that `cpu.prepack` has packed.
+BLOCK_ROWS, BLOCK_COLUMNS = 16, 64
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,6 +59,18 @@ class LinearShape(NamedTuple):
     layout: LayoutFields
     row_bytes: int
     codewords_shape: tuple[int, int]
+    in_features: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Codes of BLOCK_ROWS rows and BLOCK_COLUMNS columns."""
+        codes = BLOCK_ROWS * BLOCK_COLUMNS // self.layout.vector_dim
+        return codes * self.layout.code_bits // 8
+
+    def packed_shape(self, rows: int) -> tuple[int, int, int]:
+        """Shape of a weight of `rows` rows that `cpu.prepack` has packed."""
+        blocks = -(-self.in_features // BLOCK_COLUMNS)
+        return -(-rows // BLOCK_ROWS), blocks, self.block_bytes
 
 
 @lru_cache(maxsize=256)
@@ -105,7 +119,8 @@ def linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
             "hadamard_blocks entry, or a smaller tensor-parallel size"
         )
     row_bytes = -(-(in_features // fields.vector_dim) * fields.code_bits // 8)
-    return LinearShape(fields, row_bytes, (fields.codeword_count, fields.vector_dim))
+    codewords_shape = (fields.codeword_count, fields.vector_dim)
+    return LinearShape(fields, row_bytes, codewords_shape, in_features)
 
 
 def _fits_pyramid(fields: LayoutFields) -> bool:
@@ -132,11 +147,17 @@ def check_linear(
         raise PCDVQError(f"x is {_describe(x)}; expected bf16, fp16 or fp32 [..., K]")
     in_features = x.shape[-1]
     shape = linear_shape(tuple(layout), in_features)
-    _check_weight(shape, in_features, (qweight, row_scale, signs_in, codewords), x.device)
+    if qweight.dim() == 3:
+        rows = row_scale.shape[:1]
+        expect("packed qweight", qweight, torch.uint8, shape.packed_shape(sum(rows)), x.device)
+    else:
+        rows = qweight.shape[:1]
+        expect("qweight", qweight, torch.uint8, (*rows, shape.row_bytes), x.device)
+    _check_scales(shape, rows, (row_scale, signs_in, codewords), x.device)
     if bias is not None:
         if not bias.is_floating_point():
             raise PCDVQError(f"bias is {_describe(bias)}; expected a float dtype")
-        expect("bias", bias, bias.dtype, qweight.shape[:1], x.device)
+        expect("bias", bias, bias.dtype, rows, x.device)
     return shape
 
 
@@ -156,7 +177,9 @@ def check_embedding(
         raise PCDVQError(f"dtype is {dtype}; expected bf16, fp16 or fp32")
     in_features = 8 * signs_in.numel()
     shape = linear_shape(tuple(layout), in_features)
-    _check_weight(shape, in_features, (qweight, row_scale, signs_in, codewords), ids.device)
+    rows = qweight.shape[:1]
+    expect("qweight", qweight, torch.uint8, (*rows, shape.row_bytes), ids.device)
+    _check_scales(shape, rows, (row_scale, signs_in, codewords), ids.device)
     return shape
 
 
@@ -231,17 +254,15 @@ def check_ids(ids: Tensor, rows: int) -> None:
             )
 
 
-def _check_weight(
+def _check_scales(
     shape: LinearShape,
-    in_features: int,
-    weight: tuple[Tensor, Tensor, Tensor, Tensor],
+    rows: tuple[int, ...],
+    tensors: tuple[Tensor, Tensor, Tensor],
     device: torch.device,
 ) -> None:
-    qweight, row_scale, signs_in, codewords = weight
-    rows = qweight.shape[:1]  # (N,)
-    expect("qweight", qweight, torch.uint8, (*rows, shape.row_bytes), device)
+    row_scale, signs_in, codewords = tensors
     expect("row_scale", row_scale, torch.float32, rows, device)
-    expect("signs_in", signs_in, torch.uint8, (in_features // 8,), device)
+    expect("signs_in", signs_in, torch.uint8, (shape.in_features // 8,), device)
     expect("codewords", codewords, torch.int8, shape.codewords_shape, device)
 
 

@@ -97,6 +97,20 @@ class Checkpoint:
         return {name: layer for name, layer in self.layers.items() if name not in embeddings}
 
     @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Names of the input embedding and the output head, those quantized."""
+        return tuple(self.config.embeddings)
+
+    @property
+    def modules_to_not_convert(self) -> list[str]:
+        return self.config.modules_to_not_convert
+
+    @property
+    def counted(self) -> str:
+        """What bits per weight count."""
+        return f"codes, row scales, signs and {self.codebook_bytes} bytes of codebooks"
+
+    @property
     def bits_per_weight(self) -> float:
         """All stored bits of the quantized linear layers and their codebooks over their weights."""
         return self._bits_per_weight(self.linears)
@@ -125,7 +139,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     config = PCDVQCheckpointConfig.parse(read_quantization_config(directory))
     if not config.layers:
         raise CheckpointError(f"{directory}: quantization_config.layers is empty. {REMEDY}")
-    tensors = _read_headers(directory)
+    tensors = read_headers(directory)
     layers = {
         name: _check_layer(name, codebook, config, tensors)
         for name, codebook in config.layers.items()
@@ -243,7 +257,7 @@ def read_index(directory: Path) -> tuple[dict[str, set[str]], dict[str, Any]]:
     return shards, index
 
 
-def _read_headers(directory: Path) -> dict[str, TensorInfo]:
+def read_headers(directory: Path) -> dict[str, TensorInfo]:
     """Headers of every shard of the index; each must hold what the index says, no more."""
     shards, index = read_index(directory)
     tensors: dict[str, TensorInfo] = {}

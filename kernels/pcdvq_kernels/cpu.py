@@ -21,6 +21,8 @@ from pcdvq_kernels.arguments import (
     check_moe,
     check_nearest,
     check_trellis,
+    expect,
+    linear_shape,
 )
 from pcdvq_kernels.errors import PCDVQError
 
@@ -29,11 +31,14 @@ ISAS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY = 1
+_NO_ISA = 2
 _BAD_ID = 3
 
 
 # PcdvqLinear of kernels/csrc/pcdvq.h. Packing takes a third of what a ctypes.Structure takes.
-_LINEAR = struct.Struct("7P14q4i")
+_LINEAR = struct.Struct("7P15q4i")
+# PcdvqPrepack, likewise.
+_PREPACK = struct.Struct("2P13q2i")
 # PcdvqEmbedding, likewise; padded as in C.
 _EMBEDDING = struct.Struct("6P14q3i4x")
 # PcdvqMoe, with its two PcdvqExperts.
@@ -79,9 +84,13 @@ def _library() -> ctypes.CDLL | str:
         ctypes.sizeof(_Trellis),
         VPTQ_SEGMENT.size,
         VPTQ.size,
+        _PREPACK.size,
     ]:
         return f"{LIBRARY.name} was built from other sources than this version's"
     library.pcdvq_linear.argtypes = (ctypes.c_char_p,)
+    library.pcdvq_prepack.argtypes = (ctypes.c_char_p,)
+    library.pcdvq_packed_bytes.argtypes = (ctypes.c_char_p,)
+    library.pcdvq_packed_bytes.restype = ctypes.c_int64
     library.pcdvq_embedding.argtypes = (ctypes.c_char_p,)
     library.pcdvq_moe.argtypes = (ctypes.c_char_p,)
     library.pcdvq_nearest.argtypes = (ctypes.POINTER(_Nearest),)
@@ -94,7 +103,7 @@ def _struct_bytes(library: ctypes.CDLL) -> list[int] | None:
     """Sizes of the library's structs; None if it is older than the function that tells them."""
     if not hasattr(library, "pcdvq_struct_bytes"):
         return None
-    sizes = (ctypes.c_int64 * 7)()
+    sizes = (ctypes.c_int64 * 8)()
     library.pcdvq_struct_bytes(sizes)
     return list(sizes)
 
@@ -172,9 +181,9 @@ def linear(
         PCDVQError: arguments that do not fit together, or an unavailable `isa`.
     """
     library = loaded()
-    fields, row_bytes, _ = check_linear(x, qweight, row_scale, signs_in, codewords, bias, layout)
+    shape = check_linear(x, qweight, row_scale, signs_in, codewords, bias, layout)
     check_device(x)
-    leading, k, n = x.shape[:-1], x.shape[-1], qweight.shape[0]
+    leading, k, n = x.shape[:-1], x.shape[-1], row_scale.shape[0]
     x = x.contiguous()
     if out is None:
         out = x.new_empty((*leading, n))
@@ -194,17 +203,56 @@ def linear(
             codewords.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
-            *(m, n, k, row_bytes),
-            *fields,
+            *(m, n, k, shape.row_bytes, qweight.dim() == 3),
+            *shape.layout,
             DTYPES[x.dtype],
             0 if bias is None else DTYPES[bias.dtype],
             torch.get_num_threads(),
             0 if isa == "auto" else isa_number(isa),
         )
     )
+    if status == _NO_ISA:
+        raise PCDVQError(f"isa {isa!r} does not multiply packed codes; give it the checkpoint's")
     if status:
         raise_status(status, f"pcdvq::linear [{m}, {k}] x [{n}, {k}]")
     return out
+
+
+def prepack(
+    qweight: Tensor, layout: Sequence[int], in_features: int, *, isa: str = "auto"
+) -> Tensor:
+    """Codes in the order in which `linear` reads them, of the same size but for padding.
+
+    Args:
+        qweight: uint8 [N, row_bytes], the checkpoint's codes.
+        layout: `Layout(...).to_ints()`, that of the calls to come.
+        in_features: K.
+        isa: "auto" or one of `isas()`, that of the calls to come.
+
+    Returns:
+        uint8 [ceil(N / 16), ceil(K / 64), bytes of a block], or `qweight` itself where `linear`
+        reads it as it is.
+
+    Raises:
+        PCDVQError: qweight or layout do not fit together, or an unavailable `isa`.
+    """
+    library = loaded()
+    shape = linear_shape(tuple(layout), in_features)
+    rows = qweight.shape[0]
+    expect("qweight", qweight, torch.uint8, (rows, shape.row_bytes), torch.device("cpu"))
+
+    def problem(out: int) -> bytes:
+        sizes = (rows, in_features, shape.row_bytes)
+        threads, number = torch.get_num_threads(), 0 if isa == "auto" else isa_number(isa)
+        return _PREPACK.pack(qweight.data_ptr(), out, *sizes, *shape.layout, threads, number)
+
+    if not library.pcdvq_packed_bytes(problem(0)):
+        return qweight
+    packed = torch.empty(shape.packed_shape(rows), dtype=torch.uint8)
+    status = library.pcdvq_prepack(problem(packed.data_ptr()))
+    if status:
+        raise_status(status, f"packing a weight [{rows}, {in_features}]")
+    return packed
 
 
 def embedding(
@@ -228,9 +276,7 @@ def embedding(
             unavailable `isa`.
     """
     library = loaded()
-    fields, row_bytes, _ = check_embedding(
-        ids, qweight, row_scale, signs_in, codewords, layout, dtype
-    )
+    shape = check_embedding(ids, qweight, row_scale, signs_in, codewords, layout, dtype)
     check_device(ids)
     n, k = qweight.shape[0], 8 * signs_in.numel()
     ids = ids.long().contiguous()
@@ -243,8 +289,8 @@ def embedding(
             signs_in.data_ptr(),
             codewords.data_ptr(),
             out.data_ptr(),
-            *(ids.numel(), n, k, row_bytes),
-            *fields,
+            *(ids.numel(), n, k, shape.row_bytes),
+            *shape.layout,
             DTYPES[dtype],
             torch.get_num_threads(),
             0 if isa == "auto" else isa_number(isa),

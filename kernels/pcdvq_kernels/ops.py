@@ -5,7 +5,7 @@ y = R (Q H S x) + b:
     torch.ops.pcdvq.linear(x, qweight, row_scale, signs_in, codewords, bias, layout) -> Tensor
 
     x          bf16, fp16 or fp32 [..., K]; any M = product of the leading sizes, also 0
-    qweight    uint8 [N, row_bytes], the checkpoint's codes, or int32 words from `prepack_weight`
+    qweight    uint8 [N, row_bytes], the checkpoint's codes, or what `prepack_weight` made of them
     row_scale  fp32 [N]
     signs_in   uint8 [K / 8]
     codewords  int8 [rows, vector_dim], `Codebook.codewords()`: tables of pyramid codes are not
@@ -127,9 +127,15 @@ def kernels_for(device: torch.device) -> str:
 
 
 def prepack_weight(qweight: Tensor, codewords: Tensor, layout: Layout, in_features: int) -> Tensor:
-    """`qweight` uint8 [N, row_bytes] in the form its device computes with; see `prepacks`."""
+    """`qweight` uint8 [N, row_bytes] in the form that `pcdvq::linear` reads fastest on its device.
+
+    That is int32 words where the device `prepacks`, and uint8 blocks on CPUs that read such
+    (`cpu.prepack`), which `pcdvq::embedding` does not take.
+    """
     if not prepacks(qweight.device):
-        return qweight
+        if qweight.dim() == 3 or qweight.device.type != "cpu" or not cpu.available():
+            return qweight
+        return cpu.prepack(qweight, layout.to_ints(), in_features)
     from pcdvq_kernels.triton import prepack
 
     return prepack.prepack_weight(qweight, codewords, layout.to_ints(), in_features)

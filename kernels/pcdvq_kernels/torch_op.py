@@ -50,7 +50,7 @@ class _LinearShape(ctypes.Structure):
 
     _fields_ = (
         ("layout", _Layout),
-        *((name, ctypes.c_int64) for name in ("k", "row_bytes", "codewords")),
+        *((name, ctypes.c_int64) for name in ("k", "row_bytes", "codewords", "block_bytes")),
     )
 
 
@@ -112,6 +112,7 @@ def _accept(library: ctypes.CDLL, layout: tuple[int, ...], in_features: int) -> 
                 in_features,
                 shape.row_bytes,
                 shape.codewords_shape[0],
+                shape.block_bytes,
             )
         )
     )

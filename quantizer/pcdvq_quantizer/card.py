@@ -5,11 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
-from pcdvq_kernels.checkpoint import REPORT_FILE, open_checkpoint, read_json
+from pcdvq_kernels.checkpoint import REPORT_FILE, read_json
+from pcdvq_kernels.vptq.checkpoint import VPTQCheckpoint
 
+from pcdvq_quantizer.checkpoints import open_any_checkpoint
 from pcdvq_quantizer.evaluation.report import EvaluationReport
 from pcdvq_quantizer.inspection import describe_rate
 
@@ -18,15 +20,14 @@ TEMPLATE = """---
 {{ card_data }}
 ---
 
-# {{ model }}, PCDVQ {{ bits }} bits per weight
+# {{ model }}, {{ method.name }} {{ bits }} bits per weight
 
-{{ model }} quantized with [PCDVQ](https://arxiv.org/abs/2506.05432) for vLLM: groups of weights
-are stored as a direction index and a magnitude index.
+{{ model }} quantized with [{{ method.name }}]({{ method.paper }}) for vLLM: {{ method.codes }}
 
 | | |
 | --- | --- |
 | quantized | {{ rate }} |
-| counted in bits per weight | codes, row scales, signs, codebooks |
+| counted in bits per weight | {{ method.counted }} |
 | codebooks | {{ codebooks }} |
 | size of quantized layers | {{ packed_mib }} MiB ({{ dense_mib }} MiB at 16 bits per weight) |
 | size of all tensors | {{ mib }} MiB |
@@ -34,7 +35,7 @@ are stored as a direction index and a magnitude index.
 
 ```bash
 pip install vllm-pcdvq
-vllm serve <this directory or repository> --quantization pcdvq
+vllm serve <this directory or repository>{{ method.options }}
 ```
 {% if commands %}
 Made with
@@ -51,6 +52,32 @@ Made with
 {% endif %}"""
 
 
+class _Method(NamedTuple):
+    """What the card says of a method; `options` are of `vllm serve`."""
+
+    name: str
+    paper: str
+    codes: str
+    counted: str
+    options: str
+
+
+PCDVQ = _Method(
+    "PCDVQ",
+    "https://arxiv.org/abs/2506.05432",
+    "groups of weights\nare stored as a direction index and a magnitude index.",
+    "codes, row scales, signs, codebooks",
+    " --quantization pcdvq",
+)
+VPTQ = _Method(
+    "VPTQ",
+    "https://arxiv.org/abs/2409.17066",
+    "vectors of weights\nare stored as the index of a centroid of their layer.",
+    VPTQCheckpoint.counted,
+    "",
+)
+
+
 def write_model_card(directory: Path, evaluations: Sequence[Path] = ()) -> None:
     """Write README.md for the checkpoint in `directory`, with figures read from its files.
 
@@ -61,7 +88,8 @@ def write_model_card(directory: Path, evaluations: Sequence[Path] = ()) -> None:
     Raises:
         PCDVQError: the checkpoint or a file is not what it should be.
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_any_checkpoint(directory)
+    method = VPTQ if isinstance(checkpoint, VPTQCheckpoint) else PCDVQ
     report = directory / REPORT_FILE
     record = read_json(report) if report.exists() else {}
     source = _public(record.get("model", directory.absolute().name))
@@ -71,20 +99,21 @@ def write_model_card(directory: Path, evaluations: Sequence[Path] = ()) -> None:
         base_model_relation="quantized" if base_model else None,
         library_name="vllm",
         pipeline_tag="text-generation",
-        tags=["pcdvq", "quantized"],
+        tags=[method.name.lower(), "quantized"],
     )
     layers = checkpoint.layers.values()
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         model=Path(source).name,
+        method=method,
         bits=f"{checkpoint.bits_per_weight:.2f}",
         rate=describe_rate(checkpoint),
         codebooks=", ".join(checkpoint.codebooks),
         packed_mib=f"{sum(layer.bytes for layer in layers) / MIB:.1f}",
         dense_mib=f"{sum(2 * layer.weights for layer in layers) / MIB:.1f}",
         mib=f"{sum(tensor.bytes for tensor in checkpoint.tensors.values()) / MIB:.1f}",
-        skipped=", ".join(checkpoint.config.modules_to_not_convert) or "none",
+        skipped=", ".join(checkpoint.modules_to_not_convert) or "none",
         commands="\n".join(_commands(record)),
         figures=[row for file in evaluations for row in _figures(EvaluationReport.read(file))],
     )

@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,9 @@ from pcdvq_kernels.errors import PCDVQError
 from rich.console import Console
 from rich.text import Text
 
+from pcdvq_quantizer import cli_options
 from pcdvq_quantizer.bars import Bars, finetune_bar
+from pcdvq_quantizer.cli_options import Codec
 
 if TYPE_CHECKING:
     from pcdvq_quantizer.finetune import FinetuneOptions
@@ -40,14 +41,6 @@ class Options:
 shared = Options()
 
 
-class Codec(StrEnum):
-    signed = "signed"
-    trellis = "trellis"
-    e8 = "e8"
-    pvq = "pvq"
-    int8 = "int8"
-
-
 @app.callback()
 def _options(
     debug: Annotated[
@@ -59,22 +52,12 @@ def _options(
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Local directory, .gguf file, or hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
-    bits: Annotated[
-        float,
-        typer.Option(
-            help="Bits per weight: 2, 2.25, 3, 4 (codec pvq: 3.25 too), or an average between: "
-            "each layer then gets a rate by its sensitivity. 8 with codec int8."
-        ),
-    ] = 4.0,
-    codec: Annotated[
-        Codec,
-        typer.Option(
-            help="trellis: best quality; signed: faster, larger error; pvq: integer pyramids, no "
-            "stored codebook; e8: the paper's codebook (2 and 2.25); int8: 8 bits."
-        ),
-    ] = Codec.trellis,
+    method: cli_options.MethodOption = cli_options.Method.pcdvq,
+    bits: cli_options.Bits = 4.0,
+    codec: cli_options.CodecOption = Codec.trellis,
     embedding_bits: Annotated[
         int,
         typer.Option(help="Bits of input embedding and output head: 4, 8, or 16 to leave them."),
@@ -108,25 +91,25 @@ def quantize(
         int, typer.Option(min=1, help="Processes that calibrate together; a GPU each, if any.")
     ] = 1,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    vector_length: cli_options.VectorLength = None,
+    centroids: cli_options.Centroids = None,
+    residual_centroids: cli_options.ResidualCentroids = 0,
+    outliers: cli_options.Outliers = 0,
+    outlier_vector_length: cli_options.OutlierVectorLength = 2,
+    outlier_centroids: cli_options.OutlierCentroids = 256,
+    groups: cli_options.Groups = 1,
+    normalize: cli_options.NormalizeOption = cli_options.Normalize.auto,
 ) -> None:
-    """Quantize MODEL into the PCDVQ checkpoint OUT."""
+    """Quantize MODEL into the checkpoint OUT."""
+    from pcdvq_quantizer.checkpoints import serve_command
     from pcdvq_quantizer.finetune import FinetuneOptions
     from pcdvq_quantizer.inspection import describe_rate
-    from pcdvq_quantizer.plan import NONE, QuantizeOptions, make_plan
+    from pcdvq_quantizer.plan import NONE, make_plan
     from pcdvq_quantizer.run import quantize_in_processes, quantize_model
 
-    options = QuantizeOptions(
-        bits=bits,
-        codec=codec.value,
-        embedding_bits=embedding_bits,
-        max_tp=max_tp,
-        seed=seed,
-        calibration=calibration,
-        samples=samples,
-        sequence_length=sequence_length,
-        objective=objective,
-        skip=tuple(skip or ()),
-    )
+    options = cli_options.run_options(context)
+    if finetune and method != cli_options.Method.pcdvq:
+        raise PCDVQError(f"--finetune is for --method pcdvq, not {method}; drop it")
     with console.status(f"Opening {model}"):
         plan = make_plan(model, options)
     for line in plan.selection.skipped_lines():
@@ -142,7 +125,7 @@ def quantize(
     if finetune:
         _finetune(out, out, tuning, overwrite=True)
     console.print(
-        f"{out}: {describe_rate(checkpoint)}. Serve it with: vllm serve {out} --quantization pcdvq",
+        f"{out}: {describe_rate(checkpoint)}. Serve it with: {serve_command(checkpoint, str(out))}",
         highlight=False,
         soft_wrap=True,
     )
@@ -197,17 +180,18 @@ def push(
     ] = None,
 ) -> None:
     """Upload CHECKPOINT to the Hugging Face Hub, with a model card of its figures."""
+    from pcdvq_quantizer.checkpoints import open_any_checkpoint, serve_command
     from pcdvq_quantizer.hub import push as push_checkpoint
 
     url = push_checkpoint(checkpoint, repo, private, tuple(evaluations or ()))
-    command = shlex.join(["vllm", "serve", repo, "--quantization", "pcdvq"])
+    command = serve_command(open_any_checkpoint(checkpoint), repo)
     console.print(f"{url}. Serve it with: {command}", highlight=False, soft_wrap=True)
 
 
 @app.command("eval")
 def evaluate_model(
     model: Annotated[
-        str, typer.Argument(help="PCDVQ checkpoint or unquantized model: directory, .gguf, hub id.")
+        str, typer.Argument(help="Checkpoint or unquantized model: directory, .gguf, hub id.")
     ],
     tasks: Annotated[
         str, typer.Option(help="Some of perplexity, kl and lambada, with commas.")
@@ -228,7 +212,7 @@ def evaluate_model(
         ),
     ] = False,
     reference: Annotated[
-        str | None, typer.Option(help="Original model for kl; default: the checkpoint's report.")
+        str | None, typer.Option(help="Original, for kl (default: by the report) and for lambada.")
     ] = None,
     backend: Annotated[str, typer.Option(help="hf (transformers) or vllm.")] = "hf",
     dtype: Annotated[
@@ -355,8 +339,8 @@ def serve(
     from pcdvq_quantizer.serving import checkpoint_of, vllm_command, vllm_environment
 
     options = QuantizeOptions(bits=bits, codec=codec.value, calibration=calibration)
-    checkpoint = checkpoint_of(model, options, console)
-    command = vllm_command(checkpoint, context.args)
+    checkpoint, method = checkpoint_of(model, options, console)
+    command = vllm_command(checkpoint, context.args, method)
     console.print(shlex.join(command), highlight=False, soft_wrap=True)
     try:
         os.execvpe(command[0], command, vllm_environment())

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
-from pcdvq_kernels.checkpoint import open_checkpoint
 from pcdvq_kernels.errors import PCDVQError
 
 from pcdvq_quantizer.card import write_model_card
+from pcdvq_quantizer.checkpoints import open_any_checkpoint
 
 
 def push(
@@ -32,7 +32,7 @@ def push(
     Raises:
         PCDVQError: not a whole checkpoint, nobody is logged in, or the Hub refuses.
     """
-    open_checkpoint(directory)
+    open_any_checkpoint(directory)
     if repo_id.count("/") != 1:
         raise PCDVQError(f"{repo_id} is not the name of a repository; give USER/REPO")
     if get_token() is None:

@@ -6,11 +6,13 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint, open_checkpoint, read_json
+from pcdvq_kernels.checkpoint import REPORT_FILE, read_json
 from pcdvq_kernels.errors import CheckpointError
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
+
+from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
 
 
 class _Error(BaseModel):
@@ -37,10 +39,11 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """All rows and the totals; sizes in bytes, `rate` as in `describe_rate`."""
+    """All rows and totals; sizes in bytes, `rate` as in `describe_rate`, of what is `counted`."""
 
     layers: list[LayerRow]
     rate: str
+    counted: str
     bits_per_weight: float
     bits_per_weight_with_embeddings: float
     packed_bytes: int
@@ -69,8 +72,7 @@ class CheckpointSummary:
         console.print(table)
         mib = 2**20
         console.print(
-            f"{self.rate} (codes, row scales, signs and {self.codebook_bytes} bytes of codebooks), "
-            f"{self.packed_bytes / mib:.1f} MiB; other tensors "
+            f"{self.rate} ({self.counted}), {self.packed_bytes / mib:.1f} MiB; other tensors "
             f"{self.unquantized_bytes / mib:.1f} MiB",
             highlight=False,
         )
@@ -82,9 +84,9 @@ def inspect_checkpoint(directory: Path) -> CheckpointSummary:
     """Read the summary of the checkpoint in `directory`.
 
     Raises:
-        CheckpointError: it is not a whole PCDVQ checkpoint.
+        CheckpointError: it is not a whole checkpoint of PCDVQ or VPTQ.
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_any_checkpoint(directory)
     errors = _recorded_errors(directory)
     rows = [
         LayerRow(
@@ -102,20 +104,21 @@ def inspect_checkpoint(directory: Path) -> CheckpointSummary:
     return CheckpointSummary(
         rows,
         describe_rate(checkpoint),
+        checkpoint.counted,
         checkpoint.bits_per_weight,
         checkpoint.bits_per_weight_with_embeddings,
         packed,
         checkpoint.codebook_bytes,
         total - packed,
-        checkpoint.config.modules_to_not_convert,
+        checkpoint.modules_to_not_convert,
     )
 
 
-def describe_rate(checkpoint: Checkpoint) -> str:
+def describe_rate(checkpoint: AnyCheckpoint) -> str:
     """Bits per weight of the linear layers, and with the embeddings where those are quantized."""
     count, bits = len(checkpoint.linears), checkpoint.bits_per_weight
     text = f"{count} linear layers at {bits:.3f} bits per weight"
-    if embeddings := checkpoint.config.embeddings:
+    if embeddings := checkpoint.embeddings:
         bits = checkpoint.bits_per_weight_with_embeddings
         text += f", {bits:.3f} with {' and '.join(embeddings)}"
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from pcdvq_kernels.checkpoint import PACKED_TENSORS
@@ -31,6 +32,28 @@ class LayerError:
     weight: float
     direction: float
     output: float | None = None
+
+
+class QuantizedLayer(Protocol):
+    """What a method makes of a layer."""
+
+    @property
+    def error(self) -> LayerError:
+        """Against the original weight."""
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """What a checkpoint stores of the layer, by its names there after `prefix`."""
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer as a checkpoint stores it: `packed` by name."""
+
+    packed: dict[str, Tensor]
+    error: LayerError
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        return {prefix + name: tensor for name, tensor in self.packed.items()}
 
 
 @dataclass(frozen=True)

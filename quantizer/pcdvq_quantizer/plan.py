@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from pcdvq_kernels.config import FORMAT_VERSION, PCDVQCheckpointConfig
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.hadamard import choose_block
+from pcdvq_kernels.reference import dequantize
 from torch import Tensor
 
-from pcdvq_quantizer.calibration.objectives import OBJECTIVES
+from pcdvq_quantizer.calibration.objectives import HESSIAN, OBJECTIVES
+from pcdvq_quantizer.calibration.objectives.base import StageObjective
+from pcdvq_quantizer.calibration.parallel import Processes
+from pcdvq_quantizer.calibration.stage import quantize_stage
+from pcdvq_quantizer.calibration.statistics import InputStatistics
 from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook, offered_rates
 from pcdvq_quantizer.embeddings import UNQUANTIZED_BITS, get_embedding_codebook
-from pcdvq_quantizer.layer import QuantizedLinear, check_finite, quantize_linear
+from pcdvq_quantizer.layer import (
+    QuantizedLayer,
+    QuantizedLinear,
+    check_finite,
+    quantize_linear,
+)
 from pcdvq_quantizer.selection import DEFAULT_SKIP, Selection, select_layers
 from pcdvq_quantizer.sources import Source, open_source
 
@@ -26,8 +39,38 @@ NONE = "none"  # do not calibrate
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
-    """What makes one checkpoint differ from another of the same model.
+class RunOptions:
+    """Options of a run by any method; they make one checkpoint differ from another of a model.
+
+    Attributes:
+        seed: of all that is random, and of the calibration text.
+        calibration: a text or JSONL file, a `datasets` name, SELF, or NONE.
+        samples: windows of calibration text.
+        sequence_length: tokens of a window.
+        skip: patterns (fnmatch) of names of linear layers to leave as they are.
+    """
+
+    seed: int = 0
+    calibration: str = SELF
+    samples: int = 24
+    sequence_length: int = 1024
+    skip: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises PCDVQError for options outside their range."""
+        if self.samples < 1:
+            raise PCDVQError(f"--samples is {self.samples}; give 1 or more")
+        if self.sequence_length < 16:
+            raise PCDVQError(f"--sequence-length is {self.sequence_length}; give 16 or more")
+
+    def plan(self, source: Source) -> Plan:
+        """What becomes of each tensor of `source`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class QuantizeOptions(RunOptions):
+    """Options of PCDVQ.
 
     Attributes:
         bits: a nominal rate of `codebooks.OFFERED[codec]` for every layer, or any average between
@@ -36,33 +79,20 @@ class QuantizeOptions:
         codec: one of `codebooks.OFFERED`.
         embedding_bits: of input embedding and output head, 4, 8, or 16 to leave them as they are.
         max_tp: largest tensor-parallel size to keep possible where K allows.
-        seed: of the input signs and the calibration text.
-        calibration: a text or JSONL file, a `datasets` name, SELF, or NONE.
-        samples: windows of calibration text.
-        sequence_length: tokens of a window.
         objective: what rounding keeps small, one of `calibration.objectives.OBJECTIVES`.
-        skip: patterns (fnmatch) of names of linear layers to leave as they are.
     """
 
     bits: float = 4.0
     codec: str = "trellis"
     embedding_bits: int = UNQUANTIZED_BITS
     max_tp: int = 8
-    seed: int = 0
-    calibration: str = SELF
-    samples: int = 24
-    sequence_length: int = 1024
-    objective: str = "hessian"
-    skip: tuple[str, ...] = ()
+    objective: str = HESSIAN
 
     def check(self) -> None:
         """Raises PCDVQError for options outside their range."""
+        super().check()
         if self.max_tp < 1:
             raise PCDVQError(f"--max-tp is {self.max_tp}; give 1 or more")
-        if self.samples < 1:
-            raise PCDVQError(f"--samples is {self.samples}; give 1 or more")
-        if self.sequence_length < 16:
-            raise PCDVQError(f"--sequence-length is {self.sequence_length}; give 16 or more")
         if self.objective not in OBJECTIVES:
             raise PCDVQError(
                 f"there is no objective {self.objective!r}; --objective is one of "
@@ -91,22 +121,25 @@ class QuantizeOptions:
         """Whether layers get rates of their own."""
         return self.bits not in offered_rates(self.codec)
 
+    def plan(self, source: Source) -> PCDVQPlan:
+        return plan_source(source, self)
+
 
 @dataclass(frozen=True)
-class Plan:
-    """All decisions of a run.
+class Plan(ABC):
+    """All decisions of a run, and the method that carries them out layer by layer.
+
+    Reading the model, calibrating and writing know nothing else of a method.
 
     Attributes:
         source: the model.
         options: what was asked for.
         selection: which layers are quantized.
-        codebooks: codebook of each layer.
     """
 
     source: Source
-    options: QuantizeOptions
+    options: RunOptions
     selection: Selection
-    codebooks: dict[str, NamedCodebook]
 
     def shape(self, layer: str) -> tuple[int, int]:
         rows, columns = self.source.shapes[f"{layer}.weight"]
@@ -122,6 +155,92 @@ class Plan:
         """Number of weights to quantize."""
         return sum(map(self.size, self.selection.layers))
 
+    @property
+    def output_bytes(self) -> int:
+        """Size of all tensors of the checkpoint; an upper bound while rates are not chosen."""
+        return self.copied_bytes + sum(map(self.packed_bytes, self.selection.layers))
+
+    @property
+    def copied_bytes(self) -> int:
+        """Size of the tensors that stay as they are."""
+        layers = {f"{name}.weight" for name in self.selection.layers}
+        return sum(self.source.bytes(name) for name in self.source.shapes if name not in layers)
+
+    @property
+    def distinct_codebooks(self) -> list[NamedCodebook]:
+        """Codebooks that layers share, in the order of their ids."""
+        return []
+
+    @abstractmethod
+    def packed_bytes(self, layer: str) -> int:
+        """Stored size of `layer`."""
+
+    @abstractmethod
+    def quantization_config(self) -> dict[str, Any]:
+        """What config.json says of the method."""
+
+    @abstractmethod
+    def quantize(self, name: str) -> QuantizedLayer:
+        """Layer `name` without calibration.
+
+        Raises:
+            PCDVQError: its weight is not finite.
+        """
+
+    @abstractmethod
+    def quantize_stage(
+        self,
+        names: list[str],
+        weights: list[Tensor],
+        statistics: InputStatistics,
+        processes: Processes,
+        goal: StageObjective | None = None,
+    ) -> tuple[Sequence[QuantizedLayer], list[Tensor]]:
+        """Quantize linears that read the same activation.
+
+        Args:
+            names: of the layers.
+            weights: fp32 [N_i, K].
+            statistics: moments of what they read.
+            processes: all of which call this.
+            goal: what their errors cost; None: the same in all outputs.
+
+        Returns:
+            (the layers, for process 0 to write; what they decode to, fp32 [N_i, K]).
+        """
+
+    def load(self, name: str) -> Tensor:
+        """The weight of layer `name`.
+
+        Raises:
+            PCDVQError: it is not finite.
+        """
+        weight = self.source.load(f"{name}.weight")
+        check_finite(weight, name, self.source.name)
+        return weight
+
+    def fingerprint(self) -> dict[str, object]:
+        """Equal for runs that make the same checkpoint."""
+        model = json.dumps([self.source.config, self.source.shapes], sort_keys=True, default=str)
+        return {
+            "model": self.source.name,
+            "model_sha256": _sha256(model.encode()),
+            "calibration_sha256": text_sha256(self.options.calibration),
+            **asdict(self.options),
+        }
+
+
+@dataclass(frozen=True)
+class PCDVQPlan(Plan):
+    """A run of PCDVQ.
+
+    Attributes:
+        codebooks: codebook of each layer.
+    """
+
+    options: QuantizeOptions
+    codebooks: dict[str, NamedCodebook]
+
     def packed_bytes(self, layer: str, codebook: NamedCodebook | None = None) -> int:
         """Stored size of `layer` with `codebook` (default: its own)."""
         rows, columns = self.shape(layer)
@@ -130,13 +249,10 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Size of all tensors of the checkpoint; an upper bound while rates are not chosen."""
-        layers = {f"{name}.weight" for name in self.selection.layers}
-        copied = sum(self.source.bytes(name) for name in self.source.shapes if name not in layers)
-        if self.options.is_mixed:
-            packed = sum(map(self.packed_bytes, self.selection.stored_embeddings))
-            return copied + packed + self.linear_budget // 8
-        return copied + sum(map(self.packed_bytes, self.selection.layers))
+        if not self.options.is_mixed:
+            return super().output_bytes
+        packed = sum(map(self.packed_bytes, self.selection.stored_embeddings))
+        return self.copied_bytes + packed + self.linear_budget // 8
 
     @property
     def linear_budget(self) -> int:
@@ -145,7 +261,6 @@ class Plan:
 
     @property
     def distinct_codebooks(self) -> list[NamedCodebook]:
-        """Codebooks in use, in the order of their ids."""
         return [book for _, book in sorted({b.id: b for b in self.codebooks.values()}.items())]
 
     @cached_property
@@ -165,18 +280,37 @@ class Plan:
             head=self.selection.head,
         )
 
-    def fingerprint(self) -> dict[str, object]:
-        """Equal for runs that make the same checkpoint."""
-        model = json.dumps([self.source.config, self.source.shapes], sort_keys=True, default=str)
-        return {
-            "model": self.source.name,
-            "model_sha256": _sha256(model.encode()),
-            "calibration_sha256": text_sha256(self.options.calibration),
-            **asdict(self.options),
-        }
+    def quantization_config(self) -> dict[str, Any]:
+        return self.config.model_dump(exclude_none=True)
+
+    def quantize(self, name: str) -> QuantizedLinear:
+        """Layer `name`, each group rounded to its nearest code."""
+        weight = self.load(name)
+        return quantize_linear(weight, self.codebooks[name], *self._rotation(weight.shape[1]))
+
+    def quantize_stage(
+        self,
+        names: list[str],
+        weights: list[Tensor],
+        statistics: InputStatistics,
+        processes: Processes,
+        goal: StageObjective | None = None,
+    ) -> tuple[Sequence[QuantizedLinear], list[Tensor]]:
+        codebook, rotation = self.codebooks[names[0]], self._rotation(weights[0].shape[1])
+        outputs = goal.outputs if goal else None
+        return quantize_stage(weights, statistics, codebook, *rotation, processes, outputs)
+
+    def dequantize(self, name: str, layer: QuantizedLinear) -> Tensor:
+        """What `layer`, which `quantize` made of `name`, decodes to: fp32 [N, K]."""
+        block, book = self.config.block(self.shape(name)[1]), self.codebooks[name].codebook
+        return dequantize(layer.qweight, layer.row_scale, layer.signs_in, book, block)
+
+    def _rotation(self, in_features: int) -> tuple[Tensor, int]:
+        """Signs and block."""
+        return input_signs(in_features, self.options.seed), self.config.block(in_features)
 
 
-def make_plan(model: str, options: QuantizeOptions) -> Plan:
+def make_plan(model: str, options: RunOptions) -> Plan:
     """Open `model` and decide what becomes of each tensor.
 
     With `options.is_mixed` every layer has the lowest rate until the run has measured
@@ -186,25 +320,30 @@ def make_plan(model: str, options: QuantizeOptions) -> Plan:
         PCDVQError: the model, the rate or the codec cannot be served.
     """
     options.check()
-    return plan_source(open_source(model), options)
+    return options.plan(open_source(model))
 
 
-def plan_source(source: Source, options: QuantizeOptions) -> Plan:
+def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
     """`make_plan` for an open model and options that were checked."""
     rate = offered_rates(options.codec)[0] if options.is_mixed else options.bits
     codebook = get_codebook(options.codec, rate)
     embedding_codebook = get_embedding_codebook(options.embedding_bits)
-    if method := source.config.get("quantization_config", {}).get("quant_method"):
-        raise PCDVQError(
-            f"{source.name} is already quantized ({method}); quantize the original model instead"
-        )
+    check_unquantized(source)
     selection = select_layers(
         source, DEFAULT_SKIP + options.skip, embeddings=embedding_codebook is not None
     )
     codebooks = dict.fromkeys(selection.layers, codebook)
     if embedding_codebook is not None:
         codebooks |= dict.fromkeys(selection.stored_embeddings, embedding_codebook)
-    return Plan(source, options, selection, codebooks)
+    return PCDVQPlan(source, options, selection, codebooks)
+
+
+def check_unquantized(source: Source) -> None:
+    """Raises PCDVQError if `source` is a quantized checkpoint."""
+    if method := source.config.get("quantization_config", {}).get("quant_method"):
+        raise PCDVQError(
+            f"{source.name} is already quantized ({method}); quantize the original model instead"
+        )
 
 
 def text_sha256(calibration: str) -> str | None:
@@ -224,16 +363,3 @@ def input_signs(in_features: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + in_features)
     return 1.0 - 2.0 * torch.randint(0, 2, (in_features,), generator=generator).float()
-
-
-def quantize_uncalibrated(plan: Plan, name: str) -> QuantizedLinear:
-    """Layer `name` of the plan, each group rounded to its nearest code.
-
-    Raises:
-        PCDVQError: its weight is not finite.
-    """
-    weight = plan.source.load(f"{name}.weight")
-    check_finite(weight, name, plan.source.name)
-    in_features = weight.shape[1]
-    signs = input_signs(in_features, plan.options.seed)
-    return quantize_linear(weight, plan.codebooks[name], signs, plan.config.block(in_features))

@@ -6,22 +6,17 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint, open_checkpoint
+from pcdvq_kernels.checkpoint import REPORT_FILE
 from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
 
 from pcdvq_quantizer.calibration.parallel import ALONE, Processes
 from pcdvq_quantizer.calibration.run import calibrate, check_windows
 from pcdvq_quantizer.card import write_model_card
+from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
 from pcdvq_quantizer.launch import launch
-from pcdvq_quantizer.layer import LayerError
-from pcdvq_quantizer.plan import (
-    NONE,
-    Plan,
-    QuantizeOptions,
-    make_plan,
-    quantize_uncalibrated,
-)
+from pcdvq_quantizer.layer import LayerError, QuantizedLayer
+from pcdvq_quantizer.plan import NONE, Plan, RunOptions, make_plan
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import CheckpointWriter, Shard, plan_shards
 
@@ -29,11 +24,11 @@ from pcdvq_quantizer.writer import CheckpointWriter, Shard, plan_shards
 def quantize_in_processes(
     count: int,
     model: str,
-    options: QuantizeOptions,
+    options: RunOptions,
     output: Path,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Checkpoint:
+) -> AnyCheckpoint:
     """`quantize_model` of the plan for `model` and `options`, by `count` processes of this machine.
 
     A run may be continued with another number of them.
@@ -49,14 +44,14 @@ def quantize_in_processes(
     check_windows(options.samples, count)
     arguments = (model, options, output, overwrite)
     launch(count, quantize_share, arguments, progress or Progress())
-    return open_checkpoint(output)
+    return open_any_checkpoint(output)
 
 
 def quantize_share(
     processes: Processes,
     progress: Progress,
     model: str,
-    options: QuantizeOptions,
+    options: RunOptions,
     output: Path,
     overwrite: bool,
 ) -> None:
@@ -75,7 +70,7 @@ def quantize_model(
     overwrite: bool = False,
     progress: Progress | None = None,
     processes: Processes = ALONE,
-) -> Checkpoint:
+) -> AnyCheckpoint:
     """Quantize and write the checkpoint `output`, which appears whole or not at all.
 
     Work goes to `output`.partial, layer by layer; a run that was interrupted and is started again
@@ -103,10 +98,8 @@ def quantize_model(
             if not writer.is_written(shard):
                 _make_shard(plan, shard, writer, progress)
         errors = writer.finish(shards, plan.distinct_codebooks)
-        quantization_config = plan.config.model_dump(exclude_none=True)
-        writer.write_json(
-            "config.json", source.config | {"quantization_config": quantization_config}
-        )
+        config = source.config | {"quantization_config": plan.quantization_config()}
+        writer.write_json("config.json", config)
         report = {
             "model": source.name,
             "options": asdict(plan.options),
@@ -124,9 +117,9 @@ def _make_shard(plan: Plan, shard: Shard, writer: CheckpointWriter, progress: Pr
     tensors: dict[str, Tensor] = {}
     errors: dict[str, LayerError] = {}
     for name in shard.layers:
-        layer = writer.read_layer(name)
+        layer: QuantizedLayer | None = writer.read_layer(name)
         if layer is None:
-            layer = quantize_uncalibrated(plan, name)
+            layer = plan.quantize(name)
             writer.write_layer(name, layer)
             progress.advance(plan.size(name))
         tensors |= layer.tensors(prefix=f"{name}.")

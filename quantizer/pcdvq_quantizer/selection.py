@@ -32,12 +32,14 @@ class Selection:
         skipped: matrix-shaped parameters left as they are, with the reason.
         embedding: the input embedding, where it is quantized.
         head: the output head, where it is quantized; a tied one has no tensors of its own.
+        left: linear modules of the model that are not quantized, with or without stored tensors.
     """
 
     layers: list[str]
     skipped: dict[str, str]
     embedding: str | None = None
     head: str | None = None
+    left: tuple[str, ...] = ()
 
     @property
     def linears(self) -> list[str]:
@@ -114,7 +116,8 @@ def select_layers(
             f"{'; '.join(reasons)}. PCDVQ quantizes the torch.nn.Linear layers of causal LMs"
         )
     embedding, head = (name if name in layers else None for name in roles)
-    return Selection(layers, skipped, embedding, head)
+    left = tuple(sorted(linears.difference(layers)))
+    return Selection(layers, skipped, embedding, head, left)
 
 
 def hf_config(config: dict[str, Any]) -> PreTrainedConfig:

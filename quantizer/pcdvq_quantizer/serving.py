@@ -15,41 +15,49 @@ from huggingface_hub import hf_hub_download
 from pcdvq_kernels.cache import cache_directory
 from pcdvq_kernels.checkpoint import read_quantization_config
 from pcdvq_kernels.config import QUANT_METHOD
+from pcdvq_kernels.vptq import layout as vptq
 from rich.console import Console
 
 from pcdvq_quantizer.bars import Bars
-from pcdvq_quantizer.plan import Plan, QuantizeOptions, make_plan
+from pcdvq_quantizer.plan import PCDVQPlan, QuantizeOptions, plan_source
 from pcdvq_quantizer.run import quantize_model
+from pcdvq_quantizer.sources import open_source
 from pcdvq_quantizer.threads import THREADS_BIND, all_cores
 
 
-def checkpoint_of(model: str, options: QuantizeOptions, console: Console) -> str:
-    """`model` if it is a checkpoint, else what it is quantized to, which is made once and kept."""
-    if is_checkpoint(model):
-        return model
+def checkpoint_of(model: str, options: QuantizeOptions, console: Console) -> tuple[str, str]:
+    """`model` if it is a checkpoint, else what it is quantized to, which is made once and kept.
+
+    Returns:
+        (the checkpoint; its quantization method).
+    """
+    method = quantization_of(model)
+    if method in (QUANT_METHOD, vptq.QUANT_METHOD):
+        return model, method
     with console.status(f"Opening {model}"):
-        plan = make_plan(model, options)
+        options.check()
+        plan = plan_source(open_source(model), options)
     checkpoint = cached_checkpoint(plan)
     if not checkpoint.exists():
         with Bars(console) as bars:
             quantize_model(plan, checkpoint, progress=bars)
-    return str(checkpoint)
+    return str(checkpoint), QUANT_METHOD
 
 
-def is_checkpoint(model: str) -> bool:
-    """Whether `model` is a PCDVQ checkpoint: a directory, or a repository of the Hub."""
+def quantization_of(model: str) -> str | None:
+    """The `quant_method` of `model`, a directory or a repository of the Hub, or None."""
     directory = Path(model).expanduser()
     if not directory.exists():
         try:
             directory = Path(hf_hub_download(model, "config.json")).parent
         except (OSError, ValueError):
-            return False
+            return None
     if not (directory / "config.json").is_file():
-        return False
-    return read_quantization_config(directory).get("quant_method") == QUANT_METHOD
+        return None
+    return read_quantization_config(directory).get("quant_method")
 
 
-def cached_checkpoint(plan: Plan) -> Path:
+def cached_checkpoint(plan: PCDVQPlan) -> Path:
     """Where the checkpoint that `plan` makes is kept: another place for every model and option."""
     fingerprint = json.dumps(plan.fingerprint(), sort_keys=True, default=str).encode()
     name = re.sub(r"[^\w.-]+", "-", plan.source.name).strip("-.")[-80:]

@@ -13,20 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pcdvq_kernels.checkpoint import (
-    CODEBOOK_FILE,
-    INDEX_FILE,
-    PACKED_TENSORS,
-    Checkpoint,
-    open_checkpoint,
-)
+from pcdvq_kernels.checkpoint import CODEBOOK_FILE, INDEX_FILE
 from pcdvq_kernels.errors import PCDVQError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
 from pcdvq_quantizer.codebooks import NamedCodebook
-from pcdvq_quantizer.layer import LayerError, QuantizedLinear
+from pcdvq_quantizer.layer import LayerError, QuantizedLayer, StoredLayer
 
 SHARD_BYTES = 1 << 30
 RUN_FILE = "run.json"
@@ -150,17 +145,17 @@ class CheckpointWriter:
     def is_written(self, shard: Shard) -> bool:
         return (self._partial / shard.file).exists()
 
-    def read_layer(self, name: str) -> QuantizedLinear | None:
+    def read_layer(self, name: str) -> StoredLayer | None:
         """A layer that an interrupted run finished, else None."""
         path = self._layer_path(name)
         if not path.exists():
             return None
         with safe_open(path, framework="pt") as file:
             error = LayerError(**json.loads(file.metadata()["error"]))
-            packed = {key: file.get_tensor(key) for key in PACKED_TENSORS}
-        return QuantizedLinear(**packed, error=error)
+            packed = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return StoredLayer(packed, error)
 
-    def write_layer(self, name: str, layer: QuantizedLinear) -> None:
+    def write_layer(self, name: str, layer: QuantizedLayer) -> None:
         metadata = {"error": json.dumps(asdict(layer.error))}
         save_whole(layer.tensors(), self._layer_path(name), metadata)
 
@@ -189,7 +184,8 @@ class CheckpointWriter:
             total += summary["bytes"]
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json_whole(self._partial / INDEX_FILE, index)
-        save_codebooks(codebooks, self._partial)
+        if codebooks:
+            save_codebooks(codebooks, self._partial)
         return errors
 
     def write_json(self, file: str, value: Any) -> None:
@@ -205,9 +201,9 @@ class CheckpointWriter:
         """Where files are collected."""
         return self._partial
 
-    def publish(self) -> Checkpoint:
+    def publish(self) -> AnyCheckpoint:
         """Check the collected checkpoint as a reader would and move it to `output`."""
-        open_checkpoint(self._partial)
+        open_any_checkpoint(self._partial)
         if self._output.exists():
             shutil.rmtree(self._output)
         os.replace(self._partial, self._output)
@@ -215,7 +211,7 @@ class CheckpointWriter:
         shutil.rmtree(self._output / LAYER_DIR)
         (self._output / RUN_FILE).unlink()
         (self._output / "lock").unlink(missing_ok=True)
-        return open_checkpoint(self._output)
+        return open_any_checkpoint(self._output)
 
     def _summary_path(self, shard: Shard) -> Path:
         return self._partial / LAYER_DIR / f"{shard.file}.json"

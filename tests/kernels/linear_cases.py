@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from dataclasses import dataclass, replace
 from functools import cache
 
+import pytest
 import torch
 from pcdvq_kernels import reference
 from pcdvq_kernels.codebook import MAX_LEVEL, Codebook, int8_directions
@@ -197,3 +200,16 @@ def unit_case(n: int) -> Case:
 
 def _random_bytes(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def guarded_bytes(data: Tensor) -> Tensor:
+    """A copy of `data` whose last byte is the last of its page; the next page is unreadable."""
+    page = mmap.PAGESIZE
+    size = -(-data.numel() // page) * page
+    area = mmap.mmap(-1, size + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(page), 0):
+        pytest.skip("mprotect is not available")
+    copy = torch.frombuffer(area, dtype=data.dtype, count=size)[size - data.numel() :]
+    return copy.copy_(data.flatten()).view(data.shape)

@@ -63,7 +63,11 @@ def call_layers(isa: str, codec: str) -> int:
     calls = 0
     for case in cases(codec, SMALL if isa == "scalar" else SHAPES):
         for activations in ACTIVATIONS:
-            cpu.linear(*replace(case, activations=activations).args(), isa=isa)
+            x, qweight, *rest = replace(case, activations=activations).args()
+            cpu.linear(x, qweight, *rest, isa=isa)
+            packed = cpu.prepack(qweight, rest[-1], x.shape[-1], isa=isa)
+            if packed is not qweight:
+                cpu.linear(x, packed, *rest, isa=isa)
         rows = len(case.qweight)
         ids = torch.arange(rows).flip(0)
         cpu.embedding(*case.embedding_args(ids, case.x.dtype), isa=isa)

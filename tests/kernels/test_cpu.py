@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from dataclasses import replace
 
 import pytest
 import torch
-from linear_cases import BLOCKS, SPECS, random_case, unit_case
+from linear_cases import BLOCKS, SPECS, guarded_bytes, random_case, unit_case
 from pcdvq_kernels import cpu, fallback
 from pcdvq_kernels.arguments import ACTIVATIONS
 from pcdvq_kernels.nearest import nearest_codeword
@@ -115,19 +113,6 @@ def test_inputs_convert_exactly(isa, dtype):
     assert torch.equal(run(unit_case(1).with_x(x), isa)[:, 0], words)
     biased = replace(unit_case(len(words)), bias=words)
     assert torch.equal(run(biased, isa)[0], words.float())
-
-
-def guarded_bytes(data):
-    """A copy of `data` whose last byte is the last of its page; the next page is unreadable."""
-    page = mmap.PAGESIZE
-    size = -(-data.numel() // page) * page
-    area = mmap.mmap(-1, size + page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(page), 0):
-        pytest.skip("mprotect is not available")
-    copy = torch.frombuffer(area, dtype=data.dtype, count=size)[size - data.numel() :]
-    return copy.copy_(data.flatten()).view(data.shape)
 
 
 @all_isas

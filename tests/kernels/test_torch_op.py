@@ -23,6 +23,8 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     pack = cpu._LINEAR.pack
 
     class Counted:
+        size = cpu._LINEAR.size
+
         @staticmethod
         def pack(*fields: int) -> bytes:
             calls.append(1)

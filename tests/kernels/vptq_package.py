@@ -1,4 +1,5 @@
-"""Compares our dequantization with that of the package `vptq`; prints the cases that are equal."""
+"""Compares our dequantization with that of the package `vptq`; prints what is equal: checkpoint
+directories given as arguments, without arguments the random layers of `CASES`."""
 
 from __future__ import annotations
 
@@ -11,8 +12,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pcdvq_kernels.vptq.checkpoint import open_vptq_checkpoint
 from pcdvq_kernels.vptq.layout import TABLES, VPTQLayout
 from pcdvq_kernels.vptq.reference import dequantize
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, VptqConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 from vptq_layers import CASES, random_layer
 
 
@@ -46,8 +51,37 @@ def product(cls: type[torch.nn.Module], layout: VPTQLayout, tensors: dict[str, T
     return linear(torch.eye(layout.in_features))
 
 
+@torch.no_grad()
+def check_checkpoint(cls: type[torch.nn.Module], directory: Path) -> None:
+    """The model as the package's `make_quant_linear` makes it of the directory's configuration."""
+    checkpoint = open_vptq_checkpoint(directory)
+    config = AutoConfig.from_pretrained(directory)
+    quantization = VptqConfig(**config.quantization_config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, entry in quantization.config_for_layers.items():
+        assert should_convert_module(name, quantization.modules_to_not_convert)
+        model.set_submodule(name, cls(**entry, enable_proxy_error=False, dtype=torch.float32))
+    state = {}
+    for file in directory.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            state[name] = tensor.float() if tensor.is_floating_point() else tensor
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    assert set(missing) <= {"lm_head.weight"}, missing
+    assert not unexpected, unexpected
+    for name, layout in checkpoint.layouts.items():
+        linear = model.get_submodule(name)
+        linear.bias = None
+        dense = linear(torch.eye(layout.in_features)).T
+        assert torch.equal(dense, checkpoint.dequantize(name)), name
+
+
 def main() -> None:
     cls = import_vptq()
+    if directories := sys.argv[1:]:
+        for directory in directories:
+            check_checkpoint(cls, Path(directory))
+        print(*directories)
+        return
     for case, changes in CASES.items():
         layout, tensors = random_layer(37, 98, **changes)
         # Products with the identity add zeros.

@@ -11,7 +11,6 @@ import pytest
 import torch
 import vllm
 from bare_layers import BLOCK_256, make_codebook, make_config
-from pcdvq_kernels.arguments import ACTIVATIONS, LayoutFields
 from pcdvq_kernels.checkpoint import CODEBOOK_FILE, read_quantization_config
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from random_checkpoint import SIGNED, tiny_llama, write_random_checkpoint
@@ -119,7 +118,7 @@ def test_activations(vllm_config) -> None:
     assert config.activations(vllm_config) == "int8"
     vllm_config.additional_config = {"pcdvq_activations": "int16"}
     layer = ColumnParallelLinear(256, 64, quant_config=config, prefix="m.q_proj")
-    assert LayoutFields(*layer.quant_method.layout).activations == ACTIVATIONS.index("int16")
+    assert layer.quant_method.layout.activations == "int16"
     vllm_config.additional_config = {"pcdvq_activations": "int4"}
     with pytest.raises(PCDVQError, match="'int4'; choose from int8, int16, float"):
         config.activations(vllm_config)

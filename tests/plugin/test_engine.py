@@ -46,9 +46,9 @@ from transformers import (
 )
 
 PROMPTS = [[7], list(range(20, 31)), list(range(300, 240, -1))]
-# Greatest difference of a logprob: sums in another order, and activations rounded to 16 bits
-# in each of two layers.
-ATOL = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+# Greatest difference of a logprob: sums in another order, and activations rounded to 16 bits or, of
+# quantized layers, to int8, in each of two layers.
+ATOL = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1, torch.int8: 5e-1}
 
 QWEN2 = Qwen2Config(
     hidden_size=896,
@@ -305,8 +305,9 @@ def test_repository_of_the_hub(hub_engine: tuple[Hub, ProcessPoolExecutor], tmp_
 
 
 @pytest.mark.parametrize("embeddings", [None, INT8], ids=["embeddings left", "8 bits"])
+@pytest.mark.parametrize("activations", ["float", "int8"])
 def test_dummy_weights_and_reload(
-    embeddings: CodebookSpec | None, engine: ProcessPoolExecutor, tmp_path: Path
+    activations: str, embeddings: CodebookSpec | None, engine: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
     """Dummy weights serve; real ones, and other real ones, can take their place."""
     paths = [tmp_path / "a", tmp_path / "b"]
@@ -314,6 +315,8 @@ def test_dummy_weights_and_reload(
         write_random_checkpoint(path, tiny_llama(), seed=seed, embeddings=embeddings)
         for seed, path in enumerate(paths)
     ]
+    for path in paths:
+        change_config(path, activations=activations)
     dummy, *reloaded = engine.submit(
         generate_and_reload,
         paths[0],
@@ -323,8 +326,9 @@ def test_dummy_weights_and_reload(
         load_format="dummy",
     ).result()
     assert len(dummy) == len(PROMPTS)
+    rounded = {"float": torch.float32, "int8": torch.int8}[activations]
     for generations, model in zip(reloaded, [*models, models[0]], strict=True):
-        check(generations, model)
+        check(generations, model, rounded)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

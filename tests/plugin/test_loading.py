@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,7 +202,12 @@ def test_config_that_never_met_its_checkpoint(qkv: LinearBase) -> None:
         finish(qkv)
 
 
-def test_dequantized_weight(qkv: LinearBase) -> None:
+@pytest.mark.parametrize("activations", ["float", "int8"])  # some CPUs pack weights for int8
+def test_dequantized_weight(activations: str, qkv: LinearBase) -> None:
+    method = qkv.quant_method
+    method.layout = replace(method.layout, activations=activations)
+    method.layout_ints = method.layout.to_ints()
     _load_all(qkv)
+    finish(qkv)
     dense = torch.cat([part.dense(make_codebook(), BLOCK_256[K]) for part in PARTS])
     torch.testing.assert_close(qkv.quant_method.dequantize_weight(qkv), dense, rtol=0, atol=0)

@@ -9,6 +9,7 @@ from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
+from pcdvq_quantizer.vptq.plan import VPTQOptions
 
 
 def test_vllm_agrees_with_transformers(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
@@ -40,6 +41,31 @@ def test_vllm_agrees_with_transformers(engine: ProcessPoolExecutor, tmp_path: Pa
         assert found.lambada.correct == expected.lambada.correct
         assert (found.backend, found.dtype) == ("vllm", "float32")
         assert found.weights == ("dense" if model == original else "packed")
+
+
+def test_vllm_serves_what_vptq_makes(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    config = tiny_config("qwen2", hidden_size=256, num_hidden_layers=1, tie_word_embeddings=True)
+    original = save_model(tmp_path / "tiny", config)
+    wanted = VPTQOptions(
+        vector_length=4,
+        centroids=32,
+        residual_centroids=16,
+        outliers=4,
+        outlier_centroids=16,
+        groups=2,
+        calibration=str(text),
+        samples=4,
+        sequence_length=64,
+    )
+    checkpoint = str(quantize_model(make_plan(str(original), wanted), tmp_path / "out").directory)
+    options = {"text": text, "window": 60, "windows": 3, "dtype": "float32"}
+    expected = evaluate(checkpoint, EvaluateOptions(**options))
+    task = engine.submit(evaluate, checkpoint, EvaluateOptions(**options, backend="vllm"))
+    found = task.result()
+    assert found.perplexity.nll == pytest.approx(expected.perplexity.nll, abs=1e-4)
+    assert (expected.weights, found.weights) == ("dense", "packed")
 
 
 def test_windows_that_vllm_has_no_room_for(tmp_path: Path) -> None:

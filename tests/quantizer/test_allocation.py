@@ -125,7 +125,7 @@ def test_interrupted_choice_of_rates_is_kept(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(str(model), replace(OPTIONS, bits=2.9, calibration=str(text)))
-    target = "pcdvq_quantizer.calibration.run.quantize_stage"
+    target = "pcdvq_quantizer.plan.quantize_stage"
     with monkeypatch.context() as patch:
         patch.setattr(target, lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):

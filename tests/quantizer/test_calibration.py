@@ -282,7 +282,7 @@ def test_other_calibration_text_does_not_resume(
     text.write_text("abcdefgh" * 200)
     options = replace(OPTIONS, calibration=str(text))
     with monkeypatch.context() as patch:
-        patch.setattr(calibration, "quantize_stage", lambda *args: 1 / 0)
+        patch.setattr("pcdvq_quantizer.plan.quantize_stage", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize_model(make_plan(str(model), options), tmp_path / "out")
     text.write_text("something else" * 200)

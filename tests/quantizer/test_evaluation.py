@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import change_config, save_model, tiny_config
@@ -194,6 +195,25 @@ def test_last_words(tmp_path: Path) -> None:
     ).lambada
     assert found is not None
     assert (found.correct, found.lines) == (2, 2)
+
+
+def test_last_words_beside_the_original(tmp_path: Path) -> None:
+    model = bigram_model(tmp_path / "model", {"a": " ", " ": "b", "b": "c", "c": "d"})
+    original = bigram_model(tmp_path / "original", {"a": " ", " ": "b", "b": "x"})
+    texts = ["a bcd", "a b", "a bx", "a bc", "a y"]
+    lines = write_lines(tmp_path / "lines.jsonl", *({"text": text} for text in texts))
+    words = EvaluateOptions(tasks=("lambada",), lambada=lines, reference=str(original))
+    report = evaluate(str(model), words)
+    assert report.lambada is not None
+    pair = report.lambada.paired
+    assert pair is not None
+    assert (pair.both, pair.only_model, pair.only_reference) == (1, 2, 1)
+    assert (pair.reference_accuracy, pair.difference) == (0.4, pytest.approx(0.2))
+    assert pair.difference_stderr == pytest.approx(np.std([0, 1, 1, -1, 0]) / 5**0.5)
+    assert any("2 right only here, 1 only there" in row[3] for row in report.rows())
+    file = tmp_path / "report.json"
+    file.write_text(report.to_json())
+    assert EvaluationReport.read(file) == report
 
 
 def test_command_line(original: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:

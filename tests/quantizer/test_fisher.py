@@ -210,7 +210,7 @@ def test_run_resumes_and_keeps_what_it_measured(
     plan = make_plan(str(model), replace(OPTIONS, calibration=text))
     quantize_model(plan, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("pcdvq_quantizer.calibration.run.quantize_stage", lambda *args: 1 / 0)
+        patch.setattr("pcdvq_quantizer.plan.quantize_stage", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize_model(plan, tmp_path / "out")
     hessian = make_plan(str(model), replace(OPTIONS, calibration=text, objective="hessian"))

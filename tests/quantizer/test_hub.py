@@ -141,8 +141,8 @@ def test_card(checkpoint: Path, evaluation: Path) -> None:
     finally:
         (checkpoint / REPORT_FILE).write_text(json.dumps(record))
     card = (checkpoint / "README.md").read_text()
-    assert "pcdvq quantize tiny OUT --bits 3 --codec signed --embedding-bits 16" in card
-    assert "--calibration none --samples 24 --sequence-length 1024 --skip '*.k_proj'\n" in card
+    assert "pcdvq quantize tiny OUT --seed 0 --calibration none --samples 24" in card
+    assert "--skip '*.k_proj' --bits 3 --codec signed --embedding-bits 16 --max-tp 8\n" in card
     finetune = "pcdvq finetune OUT OUT --calibration text.txt --reference tiny --tokens 4096"
     assert f"{finetune} --overwrite\n" in card
     assert "| out | last word | 42.5 % | 2.2 % | lambada.jsonl, 500 lines |" in card

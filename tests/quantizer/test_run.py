@@ -18,10 +18,10 @@ from models import save_model, smollm2_gguf, tiny_config
 from pcdvq_kernels import reference
 from pcdvq_kernels.checkpoint import open_checkpoint
 from pcdvq_kernels.errors import PCDVQError
-from pcdvq_quantizer import run, writer
+from pcdvq_quantizer import writer
 from pcdvq_quantizer.gguf_source import GGUFSource, special_token_options
 from pcdvq_quantizer.inspection import inspect_checkpoint
-from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+from pcdvq_quantizer.plan import PCDVQPlan, QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -162,11 +162,11 @@ def test_killed_run_resumes_without_redoing_layers(model: Path, tmp_path: Path) 
 
     quantized = []
     plan = make_plan(str(model), OPTIONS)
-    original = run.quantize_uncalibrated
+    original = PCDVQPlan.quantize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            run,
-            "quantize_uncalibrated",
+            PCDVQPlan,
+            "quantize",
             lambda plan, name: quantized.append(name) or original(plan, name),
         )
         quantize_model(plan, out)
@@ -193,7 +193,7 @@ def test_run_killed_at_the_end_resumes(
         with pytest.raises(KeyboardInterrupt):
             quantize_model(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(run, "quantize_uncalibrated", None)  # no layer may be done again
+    monkeypatch.setattr(PCDVQPlan, "quantize", None)  # no layer may be done again
     quantize_model(plan, tmp_path / "out")
     assert not {"layers", "run.json", "lock"} & {path.name for path in (tmp_path / "out").iterdir()}
 

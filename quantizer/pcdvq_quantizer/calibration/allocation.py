@@ -14,7 +14,7 @@ from pcdvq_quantizer.calibration.decoder import LayeredModel
 from pcdvq_quantizer.calibration.sensitivity import measure_sensitivity
 from pcdvq_quantizer.codebooks import get_codebook, offered_rates
 from pcdvq_quantizer.experts import experts_of
-from pcdvq_quantizer.plan import Plan
+from pcdvq_quantizer.plan import PCDVQPlan
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import write_json_whole
 
@@ -78,8 +78,8 @@ def _gain(unit: Unit, rate: int) -> float:
 
 
 def choose_rates(
-    plan: Plan, model: LayeredModel, tokens: Tensor, directory: Path, progress: Progress
-) -> Plan:
+    plan: PCDVQPlan, model: LayeredModel, tokens: Tensor, directory: Path, progress: Progress
+) -> PCDVQPlan:
     """`plan` with a rate for each layer, within `options.bits` for all that is stored of them.
 
     Args:
@@ -99,7 +99,7 @@ def choose_rates(
     return replace(plan, codebooks=plan.codebooks | chosen)
 
 
-def _rates(plan: Plan, sensitivity: dict[tuple[str, ...], float]) -> dict[str, float]:
+def _rates(plan: PCDVQPlan, sensitivity: dict[tuple[str, ...], float]) -> dict[str, float]:
     """Rate of each layer of `plan`, in its order."""
     rates = offered_rates(plan.options.codec)
     books = [get_codebook(plan.options.codec, rate) for rate in rates]

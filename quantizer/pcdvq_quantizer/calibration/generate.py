@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import count, product
+import zlib
+from collections.abc import Iterator
+from importlib.resources import files
+from itertools import cycle, islice, product
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +16,11 @@ BATCH = 64
 NEW_TOKENS = 192
 TOP_K = 64
 TEMPERATURES = (0.8, 1.0)
+MAX_COMPRESSION = (
+    2.4  # of zlib; prose of this length has 1.5 to 2.2, text that goes in circles more
+)
+OPENINGS = "calibration/openings.txt"  # beginnings of prose of many kinds, one a line
+OPENINGS_PER_REQUEST = 3  # a chat template takes tokens that are the same in every text
 
 SUBJECTS = (
     "the history of a small town",
@@ -32,12 +40,6 @@ SUBJECTS = (
     "a computer program",
     "a tropical storm",
 )
-OPENINGS = (
-    "= {subject} =\n\nThis article is about {subject}. ",
-    "{subject}, explained in detail.\n\n",
-    "News report: {subject}. On Monday,",
-    "Chapter 1\n\nIt began with {subject}.",
-)
 REQUESTS = (
     "Write a long and detailed encyclopedia article about {subject}.",
     "Tell me about {subject}, with names, places and dates.",
@@ -46,14 +48,17 @@ REQUESTS = (
 )
 
 
-def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the openings: plain text, and requests where there is a chat template."""
-    plain = [
-        tokenizer(opening.format(subject=subject))["input_ids"]
-        for subject, opening in product(SUBJECTS, OPENINGS)
-    ]
+def prompts(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[int]]:
+    """Token ids of texts to continue, without end.
+
+    They are the openings in random order, and where there is a chat template, a request in it after
+    every `OPENINGS_PER_REQUEST` of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    text = files("pcdvq_quantizer").joinpath(OPENINGS).read_text(encoding="utf-8")
+    openings = _shuffled([tokenizer(line)["input_ids"] for line in text.splitlines()], generator)
     if tokenizer.chat_template is None:
-        return plain
+        yield from openings
     chat = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": request.format(subject=subject)}],
@@ -62,7 +67,16 @@ def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         )["input_ids"]
         for subject, request in product(SUBJECTS, REQUESTS)
     ]
-    return [each for pair in zip(plain, chat, strict=True) for each in pair]
+    for request in _shuffled(chat, generator):
+        yield from islice(openings, OPENINGS_PER_REQUEST)
+        yield request
+
+
+def _shuffled(texts: list[list[int]], generator: torch.Generator) -> Iterator[list[int]]:
+    """All of `texts` in random order, then again in another, without end."""
+    while True:
+        for index in torch.randperm(len(texts), generator=generator).tolist():
+            yield texts[index]
 
 
 def generate_documents(
@@ -72,7 +86,7 @@ def generate_documents(
     seed: int,
     progress: Progress,
 ) -> list[list[int]]:
-    """Texts sampled from `model`, openings included.
+    """Texts sampled from `model`, openings included, without those that repeat themselves.
 
     Args:
         tokens: how many in all; texts are added until there are as many.
@@ -81,21 +95,36 @@ def generate_documents(
     Returns:
         Token ids of each text, without padding and end-of-text.
     """
-    openings = prompts(tokenizer)
-    size = min(BATCH, -(-tokens // NEW_TOKENS))
-    order = torch.randperm(len(openings), generator=torch.Generator().manual_seed(seed)).tolist()
+    openings = prompts(tokenizer, seed)
     documents: list[list[int]] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for round in count():
-            batch = [openings[order[(round * size + i) % len(order)]] for i in range(size)]
-            written = _continue(model, tokenizer, batch, TEMPERATURES[round % len(TEMPERATURES)])
+        for temperature in cycle(TEMPERATURES):
+            batch = list(islice(openings, min(BATCH, -(-tokens // NEW_TOKENS))))
+            written = without_loops(tokenizer, _continue(model, tokenizer, batch, temperature))
             documents += written
             tokens -= sum(map(len, written))
             progress.advance(sum(map(len, written)))
             if tokens <= 0:
                 return documents
     raise AssertionError
+
+
+def without_loops(tokenizer: PreTrainedTokenizerBase, texts: list[list[int]]) -> list[list[int]]:
+    """Those of `texts` that do not repeat themselves, or where they are few the better half."""
+
+    def compression(ids: list[int]) -> float:
+        text = tokenizer.decode(ids).encode()
+        return len(text) / len(zlib.compress(text))
+
+    ranked = sorted((compression(ids), index) for index, ids in enumerate(texts))
+    half = -(-len(texts) // 2)
+    good = [
+        index
+        for rank, (ratio, index) in enumerate(ranked)
+        if rank < half or ratio <= MAX_COMPRESSION
+    ]
+    return [texts[index] for index in sorted(good)]
 
 
 def _continue(

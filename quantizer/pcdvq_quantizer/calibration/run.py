@@ -8,22 +8,20 @@ from pathlib import Path
 
 import torch
 from pcdvq_kernels.errors import PCDVQError
-from pcdvq_kernels.reference import dequantize
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pcdvq_quantizer.calibration.allocation import choose_rates
 from pcdvq_quantizer.calibration.decoder import Call, LayeredModel
 from pcdvq_quantizer.calibration.experts import FEW_TOKENS, Routed, quantize_experts
-from pcdvq_quantizer.calibration.objectives import OBJECTIVES, Objective
+from pcdvq_quantizer.calibration.objectives import HESSIAN, OBJECTIVES, Objective
 from pcdvq_quantizer.calibration.objectives.base import StageObjective, Text
 from pcdvq_quantizer.calibration.parallel import ALONE, Processes
 from pcdvq_quantizer.calibration.replay import Replay, run_original, text_decides
-from pcdvq_quantizer.calibration.stage import quantize_stage
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.calibration.text import calibration_tokens
 from pcdvq_quantizer.experts import Experts, experts_of
-from pcdvq_quantizer.plan import Plan, input_signs, quantize_uncalibrated
+from pcdvq_quantizer.plan import PCDVQPlan, Plan
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import CheckpointWriter, save_whole
 
@@ -85,7 +83,7 @@ def calibrate(
         processes: that do it together; all call this. Only process 0 writes.
 
     Returns:
-        The plan, with the rates that were chosen where `options.is_mixed`.
+        The plan, with the rates that were chosen where those differ by layer.
 
     Raises:
         PCDVQError: the calibration text cannot be used or has fewer windows than there are
@@ -94,7 +92,8 @@ def calibrate(
     device = processes.device
     model = LayeredModel(plan.source, plan.selection.layers, device)
     directory = writer.work_directory
-    objective = OBJECTIVES[plan.options.objective](directory)
+    chosen = plan.options.objective if isinstance(plan, PCDVQPlan) else HESSIAN
+    objective = OBJECTIVES[chosen](directory)
     with torch.no_grad():
         with processes.first_alone():  # which writes what the others then read
             state = CalibrationState.load(directory, device, processes)
@@ -103,7 +102,7 @@ def calibrate(
                 state = CalibrationState.load(directory, device, processes)
                 assert state is not None
             check_windows(len(state.tokens), processes.count)
-            if plan.options.is_mixed:
+            if isinstance(plan, PCDVQPlan) and plan.options.is_mixed:
                 plan = choose_rates(plan, model, state.tokens, directory, progress)
             text = Text(state.tokens, plan.options.seed)
             objective.prepare(model, plan.selection.linears, text, progress)
@@ -128,21 +127,18 @@ def _begin(plan: Plan, writer: CheckpointWriter, model: LayeredModel, progress: 
     tokens = calibration_tokens(plan, model, progress)
     original, _ = model.embed(tokens)
     quantized = original.clone()
-    if plan.selection.embedding is not None:
+    if isinstance(plan, PCDVQPlan) and plan.selection.embedding is not None:
         quantized = _embed_quantized(plan, plan.selection.embedding, writer, model, tokens)
     CalibrationState(0, tokens, original, quantized).save(writer.work_directory)
 
 
 def _embed_quantized(
-    plan: Plan, name: str, writer: CheckpointWriter, model: LayeredModel, tokens: Tensor
+    plan: PCDVQPlan, name: str, writer: CheckpointWriter, model: LayeredModel, tokens: Tensor
 ) -> Tensor:
     """What embedding `name`, quantized, makes of `tokens`: fp32 [S, T, H]."""
-    layer = quantize_uncalibrated(plan, name)
+    layer = plan.quantize(name)
     writer.write_layer(name, layer)
-    book = plan.codebooks[name].codebook
-    block = plan.config.block(plan.shape(name)[1])
-    dense = dequantize(layer.qweight, layer.row_scale, layer.signs_in, book, block)
-    return model.embed(tokens, dense)[0]
+    return model.embed(tokens, plan.dequantize(name, layer))[0]
 
 
 class _Calibration:
@@ -211,19 +207,13 @@ class _Calibration:
         """Quantize linears that read inputs of these moments, in place."""
         _check_finite(statistics.hessian, f"input of {names[0]}")
         weights = [self._model.model.get_parameter(f"{name}.weight") for name in names]
-        in_features = weights[0].shape[1]
-        packed, dense = quantize_stage(
-            [weight.data.cpu() for weight in weights],
-            statistics,
-            self._plan.codebooks[names[0]],
-            input_signs(in_features, self._plan.options.seed),
-            self._plan.config.block(in_features),
-            self._processes,
-            goal.outputs if goal else None,
+        packed, dense = self._plan.quantize_stage(
+            names, [weight.data.cpu() for weight in weights], statistics, self._processes, goal
         )
-        for name, weight, quantized, decoded in zip(names, weights, packed, dense, strict=True):
-            if self._processes.rank == 0:
-                self._writer.write_layer(name, quantized)
+        if self._processes.rank == 0:
+            for name, layer in zip(names, packed, strict=True):
+                self._writer.write_layer(name, layer)
+        for weight, decoded in zip(weights, dense, strict=True):
             weight.data = decoded.to(weight.device)
         self._progress.advance(sum(map(self._plan.size, names)))
 

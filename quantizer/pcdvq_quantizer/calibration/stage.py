@@ -58,14 +58,14 @@ def quantize_stage(
         (packed layers; what they decode to, fp32 [N_i, K]).
     """
     spec = codebook.codebook.spec
-    moments = _Moments(
-        *processes.once(lambda: _prepare(statistics.rotated(signs, block), spec.vector_dim))
+    moments = Moments(
+        *processes.once(lambda: prepare_moments(statistics.rotated(signs, block), spec.vector_dim))
     )
     shares = [processes.share(len(weight), spec.row_multiple) for weight in weights]
     parts = [weight[share] for weight, share in zip(weights, shares, strict=True)]
     original = block_hadamard(torch.cat(parts) * signs, block)
     lack = None if statistics.lack is None else moments.wanted[shares[0]]
-    aim = _asymmetric_target(original, moments, lack)
+    aim = asymmetric_target(original, moments, lack)
     counts = [len(part) for part in parts]
     if outputs is None or not len(aim):
         codes, row_scale, decoded = _round(aim, moments, codebook, counts)
@@ -79,7 +79,7 @@ def quantize_stage(
         errors = ErrorSum(spec.vector_dim)
         errors.add(part, levels)
         energies = torch.stack(
-            [_energy(levels - wanted, moments.hessian), _energy(part, moments.hessian)]
+            [energy(levels - wanted, moments.hessian), energy(part, moments.hessian)]
         )
         processes.sum(errors.sums, energies)
         whole = partial(processes.gather, total=len(weight), unit=spec.row_multiple)
@@ -95,8 +95,8 @@ def quantize_stage(
     return layers, dense
 
 
-class _Moments(NamedTuple):
-    """What rounding a stage takes, in the rotated basis.
+class Moments(NamedTuple):
+    """What rounding a stage takes, in the basis it is rounded in.
 
     Attributes:
         hessian: fp32 [K, K], damped.
@@ -111,16 +111,16 @@ class _Moments(NamedTuple):
     wanted: Tensor
 
 
-def _prepare(moments: InputStatistics, vector_dim: int) -> _Moments:
+def prepare_moments(moments: InputStatistics, vector_dim: int) -> Moments:
     """Everything that costs K^3 operations, whatever the number of rows."""
     hessian, feedback = damped_feedback(moments, vector_dim)
     factor = torch.linalg.cholesky(_damped(moments.hessian, TARGET_DAMPING))
     wanted = moments.cross if moments.lack is None else moments.lack
-    return _Moments(hessian, feedback, factor, wanted)
+    return Moments(hessian, feedback, factor, wanted)
 
 
 def _round(
-    aim: Tensor, moments: _Moments, codebook: NamedCodebook, counts: list[int]
+    aim: Tensor, moments: Moments, codebook: NamedCodebook, counts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, row scales, decoded weights) of `aim` [N, K], linears of so many rows each."""
     scale = initial_row_scale(aim, codebook)
@@ -137,7 +137,7 @@ def _round(
 
 
 def _round_rows(
-    aim: Tensor, moments: _Moments, codebook: NamedCodebook, blocks: list[Tensor]
+    aim: Tensor, moments: Moments, codebook: NamedCodebook, blocks: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_round` with the Fisher information of the outputs: its diagonal blocks, fp64 [n_i, n_i]."""
     results = []
@@ -166,7 +166,7 @@ def damped_feedback(moments: InputStatistics, vector_dim: int) -> tuple[Tensor, 
             share *= 10
 
 
-def _asymmetric_target(original: Tensor, moments: _Moments, lack: Tensor | None) -> Tensor:
+def asymmetric_target(original: Tensor, moments: Moments, lack: Tensor | None) -> Tensor:
     """W* of `quantize_stage`, fp32 [N, K], for `original` [N, K].
 
     `lack` is W E[(x_original - x) x^T] + E[r x^T] in one.
@@ -181,5 +181,5 @@ def _damped(hessian: Tensor, share: float) -> Tensor:
     return hessian + share * mean * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
-def _energy(error: Tensor, hessian: Tensor) -> Tensor:
+def energy(error: Tensor, hessian: Tensor) -> Tensor:
     return ((error @ hessian) * error).sum().double()

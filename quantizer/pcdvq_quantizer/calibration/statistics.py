@@ -92,6 +92,12 @@ class InputStatistics:
         lack = None if self.lack is None else columns(self.lack)
         return InputStatistics(both(self.hessian), cross, lack, self.tokens)
 
+    def permuted(self, order: Tensor) -> InputStatistics:
+        """Moments of x[order] in place of x; order int64 [K]."""
+        cross = self.cross[order][:, order] if self.cross.numel() else self.cross
+        lack = None if self.lack is None else self.lack[:, order]
+        return InputStatistics(self.hessian[order][:, order], cross, lack, self.tokens)
+
 
 def add_lower_square(sums: Tensor, x: Tensor) -> None:
     """Add the lower triangle of x^T x, x fp32 [T, K], to `sums` [K, K].

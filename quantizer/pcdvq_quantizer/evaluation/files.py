@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pcdvq_kernels.checkpoint import REPORT_FILE, read_json
 from pcdvq_kernels.config import QUANT_METHOD
 from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.vptq import layout as vptq
 from transformers import AutoTokenizer
 
 from pcdvq_quantizer.sources import SafetensorsSource, open_source
@@ -48,7 +49,15 @@ class ModelFiles:
 
     @property
     def is_pcdvq(self) -> bool:
-        return (self.config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+        return self._method == QUANT_METHOD
+
+    @property
+    def is_vptq(self) -> bool:
+        return self._method == vptq.QUANT_METHOD
+
+    @property
+    def _method(self) -> str | None:
+        return (self.config.get("quantization_config") or {}).get("quant_method")
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer.
@@ -90,7 +99,7 @@ def find_reference(files: ModelFiles, reference: str | None) -> ModelFiles:
     if reference is not None:
         return ModelFiles.find(reference)
     report = files.directory / REPORT_FILE
-    name = read_json(report).get("model") if files.is_pcdvq and report.is_file() else None
+    name = read_json(report).get("model") if report.is_file() else None
     if not isinstance(name, str):
         raise PCDVQError(
             f"the original of {files.name} is not known; name it with --reference MODEL"

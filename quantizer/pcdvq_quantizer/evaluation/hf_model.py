@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from accelerate import init_empty_weights
 from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.vptq.checkpoint import dense_state, open_vptq_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -14,6 +16,7 @@ import pcdvq_quantizer.hf  # noqa: F401 (registers the quantization method)
 from pcdvq_quantizer.evaluation.data import Sequence
 from pcdvq_quantizer.evaluation.files import ModelFiles
 from pcdvq_quantizer.hf.logits import CHUNK_POSITIONS, ChunkedLogits
+from pcdvq_quantizer.selection import hf_config
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ def load_causal_lm(files: ModelFiles, dtype: str) -> PreTrainedModel:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if files.is_vptq:
+            return _load_vptq(files, _dtype(files, dtype, device)).to(device)
         return AutoModelForCausalLM.from_pretrained(
             files.directory, gguf_file=files.gguf, dtype=_dtype(files, dtype, device)
         ).to(device)
@@ -43,6 +48,23 @@ def load_causal_lm(files: ModelFiles, dtype: str) -> PreTrainedModel:
         raise PCDVQError(
             f"transformers cannot load {files.name}: {error}. Check that the directory is whole"
         ) from error
+
+
+def _load_vptq(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel:
+    """The dense model: transformers loads VPTQ on GPUs only, by a package that is not needed."""
+    state = dense_state(open_vptq_checkpoint(files.directory), dtype)
+    config = {key: value for key, value in files.config.items() if key != "quantization_config"}
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(hf_config(config), dtype=dtype)
+    _, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if odd := [*empty, *unexpected]:
+        raise PCDVQError(
+            f"{files.name} does not store {odd[0]} as transformers names it ({len(odd)} in all); "
+            "measure it with --backend vllm"
+        )
+    return model
 
 
 class HFModel:

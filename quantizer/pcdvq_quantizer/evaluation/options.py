@@ -24,7 +24,8 @@ class EvaluateOptions:
         window: tokens per window.
         limit: number of lines of `lambada`, from its beginning.
         bos: put the beginning-of-sequence token before every window and line.
-        reference: the original model for kl; None is the one the checkpoint's report names.
+        reference: the original model, for kl and to compare lambada line by line; None: for kl the
+            one the checkpoint's report names, and lambada is compared only where kl is asked for.
         backend: `hf` (transformers) or `vllm`.
         dtype: to compute in; `auto` is fp32 on a CPU and the model's own on a GPU for `hf`, vLLM's
             choice for `vllm`.
@@ -69,3 +70,8 @@ class EvaluateOptions:
     @property
     def reads_text(self) -> bool:
         return "perplexity" in self.tasks or "kl" in self.tasks
+
+    @property
+    def compares(self) -> bool:
+        """Whether the original model is measured too."""
+        return "kl" in self.tasks or ("lambada" in self.tasks and self.reference is not None)

@@ -127,6 +127,16 @@ class EvaluationReport:
                     f"{lines.file}, {word.lines} lines",
                 )
             )
+            if pair := word.paired:
+                rows.append(
+                    (
+                        "less the original's",
+                        f"{100 * pair.difference:+.2f} %",
+                        f"{100 * pair.difference_stderr:.2f} %",
+                        f"{100 * pair.reference_accuracy:.1f} %, same lines; {pair.only_model} "
+                        f"right only here, {pair.only_reference} only there",
+                    )
+                )
         return rows
 
 

@@ -22,6 +22,7 @@ from pcdvq_quantizer.evaluation.scores import (
     LastWord,
     Perplexity,
     last_word,
+    pair_last_words,
     perplexity,
     standard_error,
 )
@@ -48,7 +49,7 @@ class Scorer(Interface):
 def evaluate(
     model: str, options: EvaluateOptions, progress: Progress | None = None
 ) -> EvaluationReport:
-    """Measure `model`: a PCDVQ checkpoint or an unquantized one; directory, hub id or .gguf file.
+    """Measure `model`: a PCDVQ or VPTQ checkpoint or an unquantized one; directory, hub id, .gguf.
 
     All input is read and checked before any weight is loaded.
 
@@ -58,8 +59,11 @@ def evaluate(
     started = time.monotonic()
     job = _read_job(model, options, progress or Progress())
     with _open_scorer(job) as scorer:
-        found, kl = _measure_windows(job, scorer)
-        words = _measure_lines(job, scorer) if job.lines else None
+        original = None
+        if job.reference is not None:
+            original = HFModel.load(job.reference, options.dtype, packed=False)
+        found, kl = _measure_windows(job, scorer, original)
+        words = _measure_lines(job, scorer, original) if job.lines else None
         return EvaluationReport(
             model=model,
             backend=options.backend,
@@ -85,16 +89,24 @@ class _Job:
     windows: list[Sequence]
     lambada: DataFile | None
     lines: list[Sequence]
+    reference_lines: list[Sequence]  # as the reference's tokenizer cuts them
     progress: Progress
 
     @property
     def packed(self) -> bool:
-        """Whether PCDVQ kernels compute."""
-        return self.files.is_pcdvq and (self.options.packed or self.options.backend == "vllm")
+        """Whether kernels compute on the packed codes."""
+        if self.options.backend == "vllm":
+            return self.files.is_pcdvq or self.files.is_vptq
+        return self.files.is_pcdvq and self.options.packed
+
+    @property
+    def reference_name(self) -> str:
+        return self.reference.name if self.reference else ""
 
     @property
     def longest(self) -> int:
-        return max(len(sequence.tokens) for sequence in (*self.windows, *self.lines))
+        sequences = (*self.windows, *self.lines, *self.reference_lines)
+        return max(len(sequence.tokens) for sequence in sequences)
 
     def protocol(self) -> Protocol:
         return Protocol(
@@ -121,19 +133,24 @@ class _Job:
 
 def _read_job(model: str, options: EvaluateOptions, progress: Progress) -> _Job:
     files = ModelFiles.find(model)
-    reference = find_reference(files, options.reference) if "kl" in options.tasks else None
+    reference = find_reference(files, options.reference) if options.compares else None
     tokenizer = files.tokenizer()
     text: DataFile | None = None
     lambada: DataFile | None = None
     windows: list[Sequence] = []
     lines: list[Sequence] = []
+    reference_lines: list[Sequence] = []
     if options.reads_text and options.text:
         text, windows = read_windows(
             options.text, tokenizer, options.window, options.windows, options.bos
         )
     if "lambada" in options.tasks and options.lambada:
         lambada, lines = read_last_words(options.lambada, tokenizer, options.limit, options.bos)
-    job = _Job(files, reference, options, text, windows, lambada, lines, progress)
+        if reference is not None:
+            _, reference_lines = read_last_words(
+                options.lambada, reference.tokenizer(), options.limit, options.bos
+            )
+    job = _Job(files, reference, options, text, windows, lambada, lines, reference_lines, progress)
     for each in (files, reference):
         if each:
             each.check_length(job.longest)
@@ -153,22 +170,21 @@ def _open_scorer(job: _Job) -> Iterator[HFModel | VLLMModel]:
 
 
 def _measure_windows(
-    job: _Job, scorer: HFModel | VLLMModel
+    job: _Job, scorer: HFModel | VLLMModel, original: HFModel | None
 ) -> tuple[Perplexity | None, KLDivergence | None]:
     """Perplexity and kl, as far as asked for; kl brings the other along in one pass."""
     tokens = sum(window.scored for window in job.windows)
-    if job.reference is None or not isinstance(scorer, HFModel):
-        if not job.windows:
-            return None, None
+    if not job.windows:
+        return None, None
+    if original is None or "kl" not in job.options.tasks or not isinstance(scorer, HFModel):
         return _measure_perplexity(job, scorer, tokens), None
-    original = HFModel.load(job.reference, job.options.dtype, packed=False)
     pairs, seconds = job.score("kl", job.windows, lambda window: scorer.compare(original, window))
     kls = [pair.kl for pair in pairs]
     kl = KLDivergence(
         kl=fmean(kls),
         kl_stderr=standard_error(kls),
         top1_agreement=fmean(pair.agreement for pair in pairs),
-        reference=job.reference.name,
+        reference=job.reference_name,
         reference_perplexity=perplexity(
             [pair.reference_nll for pair in pairs], tokens, seconds
         ).perplexity,
@@ -188,6 +204,10 @@ def _measure_perplexity(job: _Job, scorer: Scorer, tokens: int) -> Perplexity:
     return perplexity(nlls, tokens, seconds)
 
 
-def _measure_lines(job: _Job, scorer: Scorer) -> LastWord:
+def _measure_lines(job: _Job, scorer: Scorer, original: HFModel | None) -> LastWord:
     correct, seconds = job.score("lambada", job.lines, scorer.is_likeliest)
-    return last_word(correct, seconds)
+    paired = None
+    if original is not None:
+        theirs, _ = job.score("lambada, original", job.reference_lines, original.is_likeliest)
+        paired = pair_last_words(correct, theirs, job.reference_name)
+    return last_word(correct, seconds, paired)

@@ -54,6 +54,30 @@ class KLDivergence:
 
 
 @dataclass(frozen=True)
+class PairedLastWord:
+    """The same lines by the model and by its original.
+
+    Attributes:
+        reference: name of the original.
+        reference_accuracy: its share of lines.
+        both: number of lines that both predict.
+        only_model: that only the model predicts.
+        only_reference: that only the original predicts.
+        difference: accuracy of the model less that of the original.
+        difference_stderr: its standard error, from pairs: less than that of either accuracy where
+            the models mostly agree.
+    """
+
+    reference: str
+    reference_accuracy: float
+    both: int
+    only_model: int
+    only_reference: int
+    difference: float
+    difference_stderr: float
+
+
+@dataclass(frozen=True)
 class LastWord:
     """Share of lines whose last word is predicted: each of its tokens is the likeliest one.
 
@@ -63,6 +87,7 @@ class LastWord:
         correct: number of such lines.
         lines: number of lines.
         seconds: time it took, loading left out.
+        paired: comparison with the original, where that was measured too.
     """
 
     accuracy: float
@@ -70,6 +95,7 @@ class LastWord:
     correct: int
     lines: int
     seconds: float
+    paired: PairedLastWord | None = None
 
 
 def perplexity(nlls: list[float], tokens: int, seconds: float) -> Perplexity:
@@ -79,11 +105,31 @@ def perplexity(nlls: list[float], tokens: int, seconds: float) -> Perplexity:
     return Perplexity(figure, error and figure * error, nll, len(nlls), tokens, seconds)
 
 
-def last_word(correct: list[bool], seconds: float) -> LastWord:
+def last_word(
+    correct: list[bool], seconds: float, paired: PairedLastWord | None = None
+) -> LastWord:
     """Summarize which lines were predicted."""
     share = fmean(correct)
     error = sqrt(share * (1 - share) / len(correct))
-    return LastWord(share, error, sum(correct), len(correct), seconds)
+    return LastWord(share, error, sum(correct), len(correct), seconds, paired)
+
+
+def pair_last_words(model: list[bool], original: list[bool], reference: str) -> PairedLastWord:
+    """Compare which lines were predicted; both lists are of the same lines."""
+    pairs = list(zip(model, original, strict=True))
+    only_model, only_original = pairs.count((True, False)), pairs.count((False, True))
+    count = len(pairs)
+    difference = (only_model - only_original) / count
+    variance = (only_model + only_original) / count - difference**2
+    return PairedLastWord(
+        reference=reference,
+        reference_accuracy=fmean(original),
+        both=pairs.count((True, True)),
+        only_model=only_model,
+        only_reference=only_original,
+        difference=difference,
+        difference_stderr=sqrt(variance / count),
+    )
 
 
 def standard_error(values: list[float]) -> float | None:

@@ -87,7 +87,8 @@ def finetune_checkpoint(
         report["finetune"] = _describe(options, reference, state)
         writer.write_json(REPORT_FILE, report)
         write_model_card(writer.directory)
-        published = writer.publish()
+        writer.publish()
+    published = open_checkpoint(output)
     return FinetuneResult(published, state.start_kl, state.best_kl, state.step, state.diverged)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pcdvq_kernels.checkpoint import open_checkpoint, read_quantization_config
+from pcdvq_kernels.checkpoint import read_quantization_config
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 
+from pcdvq_quantizer.checkpoints import open_any_checkpoint
 from pcdvq_quantizer.evaluation.report import EvaluationReport
 
 
@@ -104,7 +105,7 @@ def _find_bits(model: str, file: Path) -> float | None:
     for directory in (path, file.parent / path, file.parent / path.name):
         if (directory / "config.json").is_file():
             quantized = read_quantization_config(directory)
-            return open_checkpoint(directory).bits_per_weight if quantized else None
+            return open_any_checkpoint(directory).bits_per_weight if quantized else None
     raise CheckpointError(
         f"--eval: {file} is about {model}, which is neither here nor beside the file, so its bits "
         f"per weight are unknown; put {path.name} there"

@@ -9,10 +9,11 @@ from pcdvq_quantizer.calibration.objectives.base import Objective
 from pcdvq_quantizer.calibration.objectives.fisher import FisherObjective
 from pcdvq_quantizer.calibration.objectives.hessian import HessianObjective
 
+HESSIAN = "hessian"  # errors of outputs, the default
 # By name, made with the directory of a run, where an objective keeps what it measures.
 OBJECTIVES: dict[str, Callable[[Path], Objective]] = {
-    "hessian": HessianObjective,
+    HESSIAN: HessianObjective,
     "fisher": FisherObjective,
 }
 
-__all__ = ["OBJECTIVES", "Objective"]
+__all__ = ["HESSIAN", "OBJECTIVES", "Objective"]

@@ -1,0 +1,51 @@
+"""The order of the codes that `cpu.prepack` makes (csrc/block_decode.h, block_planes.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pcdvq_kernels.arguments import BLOCK_COLUMNS, BLOCK_ROWS, LayoutFields, linear_shape
+from pcdvq_kernels.packing import pack_codes
+
+_TOGETHER = 4  # codes of a row that are side by side in planes
+
+
+def unpack(packed: Tensor, layout: Sequence[int], rows: int, in_features: int) -> Tensor:
+    """Inverse of `cpu.prepack`.
+
+    Args:
+        packed: uint8 [strips, blocks, bytes of a block].
+        layout: `Layout(...).to_ints()`.
+        rows: N.
+        in_features: K.
+
+    Returns:
+        uint8 [N, row_bytes], the checkpoint's codes.
+    """
+    shape = linear_shape(tuple(layout), in_features)
+    strips, blocks, _ = packed.shape
+    if not _has_planes(shape.layout):  # rows of a block one after another
+        in_rows = packed.view(strips, blocks, BLOCK_ROWS, -1).transpose(1, 2)
+        return in_rows.reshape(strips * BLOCK_ROWS, -1)[:rows, : shape.row_bytes].contiguous()
+    dim = shape.layout.vector_dim
+    vectors = BLOCK_COLUMNS // dim // _TOGETHER
+    planes = packed.view(strips, blocks, -1, BLOCK_ROWS, _TOGETHER).long()
+    upper, signs = planes[:, :, :vectors], planes[:, :, vectors:]
+    if dim == 4:  # the signs of two vectors share bytes
+        signs = torch.stack([signs & 15, signs >> 4], 3).flatten(2, 3)
+    codes = (upper << dim | signs).permute(0, 3, 1, 2, 4)  # [strips, 16, blocks, vectors, 4]
+    codes = codes.reshape(strips * BLOCK_ROWS, -1)[:rows, : in_features // dim]
+    return pack_codes(codes, shape.layout.code_bits)
+
+
+def _has_planes(fields: LayoutFields) -> bool:
+    """Whether codes are 8 bits beside their signs, with tables of 512 entries (block_planes.h)."""
+    states = {0: 0, 8: 3, 4: 2}.get(fields.vector_dim if fields.state_bits else 0)
+    return (
+        fields.code_bits == 8 + fields.sign_bits == 8 + fields.vector_dim
+        and fields.parity == 1
+        and fields.state_bits == fields.rotation_bits == states
+    )

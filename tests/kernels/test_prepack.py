@@ -1,0 +1,151 @@
+"""Weights in the order in which the CPU kernels read them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from linear_cases import SPECS, Case, guarded_bytes, random_case
+from pcdvq_kernels import cpu, cpu_packing, ops
+from pcdvq_kernels.arguments import linear_shape
+from pcdvq_kernels.codebook import Codebook
+from pcdvq_kernels.reference import decode_levels
+from torch import Tensor
+
+# Layouts that are packed; the others are read as they are.
+PACKED = [name for name in SPECS if not name.startswith(("generic", "pvq")) and name != "e8-18"]
+
+pytestmark = pytest.mark.skipif("avx512" not in cpu.isas(), reason="this CPU lacks avx512")
+
+
+def int8_case(codec: str, m: int, n: int, k: int, **options: int | bool) -> Case:
+    return replace(random_case(codec, m, n, k, **options), activations="int8")
+
+
+def pack(case: Case) -> Tensor:
+    layout, k = case.args()[-1], case.x.shape[-1]
+    return cpu.prepack(case.qweight, layout, k)
+
+
+def run(case: Case, qweight: Tensor) -> Tensor:
+    """The kernel's result; what it does not write is NaN."""
+    x, _, *rest = case.args()
+    out = torch.full((*x.shape[:-1], len(case.row_scale)), torch.nan, dtype=x.dtype)
+    return cpu.linear(x, qweight, *rest, out=out)
+
+
+@pytest.mark.parametrize("codec", PACKED)
+@pytest.mark.parametrize("k", [8, 72, 576, 896])
+def test_same_result_as_rows(codec: str, k: int) -> None:
+    for n in (1, 16, 33):
+        case = int8_case(codec, 33, n, k, bias=n != 16)
+        packed = pack(case)
+        assert packed.dim() == 3
+        for m in (1, 2, 5, 8, 17, 33):
+            part = case.with_x(case.x[:m])
+            assert torch.equal(run(part, packed), run(part, case.qweight)), (n, m)
+
+
+def check_decoding(case: Case) -> None:
+    k = case.x.shape[-1]
+    case = case.with_x(torch.eye(k))
+    case.signs_in.zero_()
+    case.row_scale.fill_(1)
+    expected = decode_levels(case.qweight, case.codebook, k).float().T
+    packed = pack(case)
+    for rows in (slice(0, k), slice(5, 6), slice(70, 77)):
+        # A one is 127 times 1 / 127.
+        levels = run(case.with_x(case.x[rows]), packed)
+        torch.testing.assert_close(levels, expected[rows], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("codec", PACKED)
+def test_decodes_exactly(codec: str) -> None:
+    check_decoding(int8_case(codec, 1, 33, 136, block=1))
+
+
+def few_levels(case: Case, magnitudes: tuple[int, int], largest: int) -> Case:
+    """The same codes with directions of levels 0 to `largest`."""
+    spec = case.codebook.spec.model_copy(update={"shift": 0})
+    generator = torch.Generator().manual_seed(largest)
+    directions = torch.randint(0, largest + 1, (spec.rows, 8), generator=generator)
+    codebook = Codebook(spec, directions.to(torch.int8), torch.tensor(magnitudes).to(torch.uint8))
+    return replace(case, codebook=codebook, codewords=codebook.codewords())
+
+
+@pytest.mark.parametrize(
+    "largest", [15, 16]
+)  # 16 levels of a magnitude have a decoder of their own
+def test_decodes_few_levels_exactly(largest: int) -> None:
+    case = int8_case("signed-8x16", 1, 33, 136, block=1)
+    check_decoding(few_levels(case, (5, 7), largest))
+    check_decoding(few_levels(case, (1, 3), largest))
+
+
+def test_codewords_that_change_in_place() -> None:
+    case = few_levels(int8_case("signed-8x16", 1, 33, 72), (5, 7), 15)
+    packed = pack(case)
+    before = run(case, packed)
+    case.codewords.copy_(few_levels(case, (3, 4), 15).codewords)
+    after = run(case, packed)
+    assert torch.equal(after, run(case, case.qweight))
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("codec", PACKED)
+@pytest.mark.parametrize(("n", "k"), [(1, 8), (33, 72), (64, 576)])
+def test_unpacks(codec: str, n: int, k: int) -> None:
+    case = int8_case(codec, 1, n, k)
+    codes = cpu_packing.unpack(pack(case), case.args()[-1], n, k)
+    assert torch.equal(codes, case.qweight)
+
+
+@pytest.mark.parametrize("codec", PACKED)
+def test_reads_end_with_the_codes(codec: str) -> None:
+    for m in (1, 9):
+        case = int8_case(codec, m, 5, 72)
+        packed = pack(case)
+        assert torch.equal(run(case, guarded_bytes(packed)), run(case, packed))
+
+
+@pytest.mark.parametrize("codec", PACKED)
+def test_no_larger_than_rows(codec: str) -> None:
+    case = int8_case(codec, 1, 32, 576)
+    assert pack(case).numel() == case.qweight.numel()
+    assert pack(case).shape == linear_shape(tuple(case.args()[-1]), 576).packed_shape(32)
+
+
+def test_what_is_not_packed() -> None:
+    for case in (
+        random_case("signed-8x16", 1, 33, 72),  # float activations
+        int8_case("generic-8x13", 1, 33, 72),
+        int8_case("pvq-24", 1, 33, 72),
+    ):
+        assert pack(case) is case.qweight
+
+
+def test_other_isas_refuse_packed_codes() -> None:
+    case = int8_case("trellis-8x16", 1, 33, 72)
+    x, _, *rest = case.args()
+    with pytest.raises(ValueError, match="'avx2' does not multiply packed codes"):
+        cpu.linear(x, pack(case), *rest, isa="avx2")
+    assert cpu.prepack(case.qweight, rest[-1], 72, isa="avx2") is case.qweight
+
+
+def test_wrong_sizes_are_refused() -> None:
+    case = int8_case("trellis-8x16", 1, 33, 72)
+    x, _, *rest = case.args()
+    with pytest.raises(ValueError, match=r"packed qweight is .*; expected .*3, 2, 256"):
+        cpu.linear(x, pack(case)[:2].contiguous(), *rest)
+    with pytest.raises(ValueError, match=r"qweight is .*; expected .*33, 18"):
+        cpu.prepack(case.qweight[:, :9].contiguous(), rest[-1], 72)
+
+
+@pytest.mark.skipif(ops.prepacks(torch.device("cpu")), reason="the operator is Triton's")
+def test_operator() -> None:
+    case = int8_case("trellis-4x16", 3, 33, 72, bias=True)
+    x, _, *rest = case.args()
+    for _ in range(2):  # the second call may be the one without Python
+        y = torch.ops.pcdvq.linear(x, pack(case), *rest)
+        assert torch.equal(y, run(case, case.qweight))

@@ -142,7 +142,8 @@ def test_card(checkpoint: Path, evaluation: Path) -> None:
         (checkpoint / REPORT_FILE).write_text(json.dumps(record))
     card = (checkpoint / "README.md").read_text()
     assert "pcdvq quantize tiny OUT --seed 0 --calibration none --samples 24" in card
-    assert "--skip '*.k_proj' --bits 3 --codec signed --embedding-bits 16 --max-tp 8\n" in card
+    rates = "--bits 3 --codec signed --embedding-bits 16 --max-tp 8 --objective hessian"
+    assert f"--skip '*.k_proj' {rates}\n" in card
     finetune = "pcdvq finetune OUT OUT --calibration text.txt --reference tiny --tokens 4096"
     assert f"{finetune} --overwrite\n" in card
     assert "| out | last word | 42.5 % | 2.2 % | lambada.jsonl, 500 lines |" in card

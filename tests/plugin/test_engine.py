@@ -169,8 +169,8 @@ def test_models(name: str, engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     source = save_model(tmp_path / "model", tiny_config(model_type, **fields))
     text = tmp_path / "text"
     text.write_text("the quick brown fox jumps over the lazy dog; " * 10)
-    calibrated = QuantizeOptions(3.7, calibration=str(text), samples=2, sequence_length=48)
-    options = QuantizeOptions(3.0, calibration=NONE) if variant else calibrated
+    calibrated = QuantizeOptions(bits=3.7, calibration=str(text), samples=2, sequence_length=48)
+    options = QuantizeOptions(bits=3.0, calibration=NONE) if variant else calibrated
     checkpoint = quantize_model(make_plan(str(source), options), tmp_path / "out")
     assert variant or len(set(checkpoint.config.layers.values())) > 1
     change_config(checkpoint.directory, activations="float")  # as dense weights compute

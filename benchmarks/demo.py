@@ -27,7 +27,7 @@ DEFAULT_BITS = 4.0
 # At 4 bits this model keeps its sense without calibration, which takes minutes.
 CALIBRATION = "none"
 SPEED_TOKENS = 64
-QUESTION = "What is the capital of France?"
+QUESTION = "What city is the capital of France? Answer in one sentence."
 SERVE_ARGUMENTS = ("--max-model-len", "2048", "--max-num-seqs", "16")
 console = Console(highlight=False, soft_wrap=True)
 

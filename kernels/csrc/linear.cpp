@@ -157,17 +157,6 @@ struct Panels {
     }
   }
 
-  // Fetches the codes of the step from unit `u` on: the hardware does not follow as many rows as a
-  // panel has. Addresses past the end of the weights are harmless.
-  void prefetch(int64_t n0, int64_t panel_rows, int64_t u) const {
-    const int64_t first = u * p.row_bytes / linear.units;
-    const int64_t last = first + kPanelColumns / kUnitColumns * p.row_bytes / linear.units;
-    for (int64_t r = 0; r < panel_rows; ++r) {
-      const uint8_t* row = p.qweight + (n0 + r) * p.row_bytes;
-      for (int64_t byte = first; byte < last; byte += 64) __builtin_prefetch(row + byte);
-    }
-  }
-
   // Outputs [m0, m0 + rows) x [n0, n0 + kPanelRows).
   void panel(const Weights& weights, int64_t m0, int64_t rows, int64_t n0, Scratch& s) const {
     const int64_t panel_rows = std::min(kPanelRows, p.n - n0);
@@ -175,7 +164,7 @@ struct Panels {
     constexpr int64_t kUnits = kPanelColumns / kUnitColumns;
     for (int64_t u = 0; u < linear.units; u += kUnits) {
       const int64_t count = std::min(kUnits, linear.units - u);
-      prefetch(n0, panel_rows, u + kUnits);
+      linear.prefetch(n0, panel_rows, u + kUnits, kUnits, linear.units);
       linear.decoder.decode(weights, n0, panel_rows, u, count, s.levels);
       if constexpr (kFloats) {
         kernels.to_floats(s.levels, panel_rows * kPanelColumns, s.panel);

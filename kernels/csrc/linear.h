@@ -66,6 +66,17 @@ struct Linear {
     return {p.qweight, decoder.expand ? table : p.codewords, p.n, p.k, p.row_bytes, p.layout};
   }
 
+  // Fetches the codes of weight rows [n0, n0 + rows), `count` parts of a row's `parts` from part `part`
+  // on: the hardware does not follow as many rows. Addresses past the end of the weights are harmless.
+  void prefetch(int64_t n0, int64_t rows, int64_t part, int64_t count, int64_t parts) const {
+    const int64_t first = part * p.row_bytes / parts;
+    const int64_t last = first + count * p.row_bytes / parts;
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint8_t* row = p.qweight + (n0 + r) * p.row_bytes;
+      for (int64_t byte = first; byte < last; byte += 64) __builtin_prefetch(row + byte);
+    }
+  }
+
   void write(float sum, int64_t m, int64_t n) const {
     float y = sum * p.row_scale[n];
     if (p.bias) y += load_element(p.bias, p.bias_dtype, n);

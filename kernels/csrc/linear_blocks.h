@@ -68,7 +68,8 @@ struct Blocks {
   void prepare(int64_t m, int64_t run, int64_t row, float* rotated) const {
     const int64_t columns = linear.rotate(m, run, rotated);
     const int64_t first = run * linear.rotate_run();
-    kernels.quantize(rotated, columns, decoder.order_dim, activations().from(row, first / kScaleColumns));
+    kernels.quantize(rotated, columns, decoder.order_dim,
+                     activations().from(row, first / kScaleColumns));
   }
 
   // Outputs [m0, m0 + count) x [n0, n0 + outputs).
@@ -93,18 +94,6 @@ struct Blocks {
     write(0, p.m, n0, outputs, kBlockRows, s);
   }
 
-  // Fetches the codes of a chunk of a strip: the hardware does not follow as many rows. Addresses past
-  // the end of the weights are harmless.
-  void prefetch(int64_t index, int64_t block) const {
-    if (p.packed) return;
-    const int64_t first = block * p.row_bytes / blocks;
-    const int64_t last = first + kChunk * p.row_bytes / blocks;
-    for (int64_t r = 0; r < kBlockRows; ++r) {
-      const uint8_t* row = p.qweight + (index * kBlockRows + r) * p.row_bytes;
-      for (int64_t byte = first; byte < last; byte += 64) __builtin_prefetch(row + byte);
-    }
-  }
-
   // `count` rows of activations, which are rows m0 and on of x, times kPanelStrips strips.
   void panel(const Weights& weights, int64_t m0, int64_t count, int64_t first, Scratch& s) const {
     const int64_t last = std::min(first + kPanelStrips, strips);
@@ -113,7 +102,7 @@ struct Blocks {
       const int64_t chunk = std::min(kChunk, blocks - block);
       for (int64_t i = first; i < last; ++i) {
         const int64_t n0 = i * kBlockRows;
-        prefetch(i + kPanelStrips, block);
+        if (!p.packed) linear.prefetch(n0 + kPanelOutputs, kBlockRows, block, kChunk, blocks);
         decoder.decode(weights, n0, std::min(kBlockRows, p.n - n0), block, chunk,
                        kPanelStrips * kStepBytes, s.levels + (i - first) * kStepBytes);
       }
@@ -156,13 +145,14 @@ struct Blocks {
   }
 
   PcdvqStatus run(int threads) const {
-    // Zeros, because the last panel multiplies strips that nobody decoded.
-    const std::unique_ptr<Scratch[]> scratch(new (std::nothrow) Scratch[size_t(threads)]());
+    const std::unique_ptr<Scratch[]> scratch(new (std::nothrow) Scratch[size_t(threads)]);
     if (!levels || !scales || !corrections || !scratch) return PCDVQ_NO_MEMORY;
     for (int i = 0; i < threads; ++i) {
       scratch[i].acc = allocate<float>(std::max(rows, kPanelStrips) * kPanelOutputs);
       scratch[i].rotated = allocate<float>(linear.run_floats());
       if (!scratch[i].acc || !scratch[i].rotated) return PCDVQ_NO_MEMORY;
+      // The last panel multiplies strips that nobody decoded.
+      if (few == kMany) std::memset(scratch[i].levels, 0, sizeof(scratch[i].levels));
     }
     // Padding rows are multiplied, and nobody reads the products.
     std::fill(levels.get() + rows * copies * stride, levels.get() + padded_rows() * copies * stride,

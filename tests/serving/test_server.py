@@ -172,12 +172,7 @@ def test_structured_output(client: OpenAI, model_name: str) -> None:
     }
     answer = client.chat.completions.create(
         model=model_name,
-        messages=[
-            {
-                "role": "user",
-                "content": "What is the capital of France? Is it large?",
-            }
-        ],
+        messages=[{"role": "user", "content": "What is the capital of France? Is it large?"}],
         response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
         temperature=0,
         max_completion_tokens=48,

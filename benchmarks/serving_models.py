@@ -84,6 +84,7 @@ SYSTEMS = {
     "pcdvq 2, signed": System(bits=2, codec="signed"),
     "pcdvq 4, signed": System(bits=4, codec="signed"),
     "pcdvq 2, head 4": System(bits=2, embedding_bits=4),
+    "pcdvq 2, signed, head 4": System(bits=2, codec="signed", embedding_bits=4),
 }
 
 

@@ -34,6 +34,22 @@ ACTIVATIONS_OPTION = "pcdvq_activations"
 PACKED_ANYWAY = {"gate_up_proj": ["gate_proj", "up_proj"]}
 
 
+def activations_option(vllm_config: VllmConfig | None) -> Activations | None:
+    """What the server's option says that activations are rounded to; None without it.
+
+    Raises:
+        PCDVQError: it has another value.
+    """
+    options = vllm_config.additional_config if vllm_config else {}
+    value = options.get(ACTIVATIONS_OPTION) if isinstance(options, dict) else None
+    if value is not None and value not in ACTIVATIONS:
+        raise PCDVQError(
+            f"{ACTIVATIONS_OPTION} in --additional-config is {value!r}; choose from "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    return value
+
+
 class PCDVQConfig(QuantizationConfig):
     """`quantization_config` of a PCDVQ checkpoint, as vLLM sees it.
 
@@ -126,16 +142,7 @@ class PCDVQConfig(QuantizationConfig):
         Raises:
             PCDVQError: the option has another value.
         """
-        options = vllm_config.additional_config if vllm_config else {}
-        value = options.get(ACTIVATIONS_OPTION) if isinstance(options, dict) else None
-        if value is None:
-            return self.checkpoint.activations or DEFAULT_ACTIVATIONS
-        if value not in ACTIVATIONS:
-            raise PCDVQError(
-                f"{ACTIVATIONS_OPTION} in --additional-config is {value!r}; choose from "
-                f"{', '.join(ACTIVATIONS)}"
-            )
-        return value
+        return activations_option(vllm_config) or self.checkpoint.activations or DEFAULT_ACTIVATIONS
 
     def spec(self, codebook: str) -> CodebookSpec:
         """Code layout of the codebook with this id."""

@@ -15,6 +15,7 @@ from pcdvq_kernels.vptq.layout import REMEDY, VPTQLayout
 from pcdvq_kernels.vptq.weight import VPTQWeight, check_values, pack_tables, pack_weight
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -24,6 +25,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
+from vllm_pcdvq.config import activations_option
 from vllm_pcdvq.loading import BIAS, LayerLoad, ShardId
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class Source:
         slots: output partitions of vLLM's layer that it has.
         rows: of each slot, those that this rank serves.
         columns: that this rank serves.
+        rounds: whether tables are rounded where that is of use on the device (`Tables.rounded`).
         tensors: loaded and not yet packed.
         parts: what was made of them, one for each slot.
         packed: whether it was.
@@ -76,6 +79,7 @@ class Source:
     slots: list[int]
     rows: list[range]
     columns: range
+    rounds: bool
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parts: list[VPTQWeight] = field(default_factory=list)
     packed: bool = False
@@ -106,6 +110,8 @@ class Source:
         tensors, self.tensors = self.tensors, {}
         check_values(self.layout, tensors, self.name)
         tables = pack_tables(self.layout, tensors, device)
+        if self.rounds and device.type == "cpu":
+            tables = tables.rounded()
         self.parts = [
             pack_weight(self.layout, tensors, tables, rows, self.columns) for rows in self.rows
         ]
@@ -184,6 +190,7 @@ class VPTQLinearMethod(LinearMethodBase):
                 f"{len(self.entries)} layers for them ({', '.join(self.entries)}): which is which "
                 "cannot be told for this architecture. Choose another model."
             )
+        rounds = activations_option(get_current_vllm_config_or_none()) in (None, "int8")
         groups = [list(range(len(slots)))] if fused else [[slot] for slot in range(len(slots))]
         sources = []
         for (name, entry), group in zip(self.entries.items(), groups, strict=True):
@@ -193,7 +200,7 @@ class VPTQLinearMethod(LinearMethodBase):
                 rows.append(range(total + served.start, total + served.stop))
                 total += disk
             layout = VPTQLayout.parse(name, entry, in_features=input_size, out_features=total)
-            sources.append(Source(name, layout, group, rows, columns))
+            sources.append(Source(name, layout, group, rows, columns, rounds))
         return sources
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:

@@ -57,6 +57,7 @@ inline uint16_t float_to_bfloat(float value) {
 
 inline float load_element(const void* base, int32_t dtype, int64_t i) {
   if (dtype == PCDVQ_F32) return static_cast<const float*>(base)[i];
+  if (dtype == PCDVQ_I8) return static_cast<const int8_t*>(base)[i];
   const uint16_t word = static_cast<const uint16_t*>(base)[i];
   return dtype == PCDVQ_BF16 ? bits_to_float(uint32_t(word) << 16) : half_to_float(word);
 }

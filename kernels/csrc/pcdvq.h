@@ -10,7 +10,8 @@
 
 extern "C" {
 
-enum PcdvqDtype : int32_t { PCDVQ_F32 = 0, PCDVQ_BF16 = 1, PCDVQ_F16 = 2 };
+// PCDVQ_I8 is for tables of VPTQ only.
+enum PcdvqDtype : int32_t { PCDVQ_F32 = 0, PCDVQ_BF16 = 1, PCDVQ_F16 = 2, PCDVQ_I8 = 3 };
 
 enum PcdvqIsa : int32_t {
   PCDVQ_ISA_AUTO = 0,

@@ -42,6 +42,7 @@ struct Vec8 {
   // Elements [i, i + 8) of a tensor, as fp32.
   static Vec8 load_converted(const void* base, int32_t dtype, int64_t i) {
     if (dtype == PCDVQ_F32) return load(static_cast<const float*>(base) + i);
+    if (dtype == PCDVQ_I8) return convert(Levels::load8(static_cast<const int8_t*>(base) + i));
     const auto* words = reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(base) + i);
     const __m128i half = _mm_loadu_si128(words);
     if (dtype == PCDVQ_F16) return {_mm256_cvtph_ps(half)};

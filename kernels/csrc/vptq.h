@@ -66,7 +66,7 @@ struct Coded {
   void prefetch_table(const uint8_t* row, int64_t column) const {
     uint64_t centroid, residual = 0;
     find(row, smaller(column + kTableAhead, s.columns - 1), &centroid, &residual);
-    constexpr int64_t kBytes = DTYPE == PCDVQ_F32 ? 4 : 2;
+    constexpr int64_t kBytes = DTYPE == PCDVQ_F32 ? 4 : DTYPE == PCDVQ_I8 ? 1 : 2;
     const auto* table = static_cast<const char*>(s.table);
     __builtin_prefetch(table + int64_t(centroid) * length * kBytes);
     if (BITS != 24) {
@@ -170,6 +170,7 @@ void strip_products_in(const VptqStrip& s) {
 void vptq(const VptqStrip& s) {
   if (s.table_dtype == PCDVQ_F32) return strip_products_in<PCDVQ_F32>(s);
   if (s.table_dtype == PCDVQ_BF16) return strip_products_in<PCDVQ_BF16>(s);
+  if (s.table_dtype == PCDVQ_I8) return strip_products_in<PCDVQ_I8>(s);
   strip_products_in<PCDVQ_F16>(s);
 }
 

@@ -19,8 +19,6 @@ from pcdvq_kernels.arguments import (
     check_ids,
     check_linear,
     check_moe,
-    check_nearest,
-    check_trellis,
     expect,
     linear_shape,
 )
@@ -46,27 +44,9 @@ _MOE = struct.Struct("5P3q" + 2 * "3P13q" + "3i4x")
 # PcdvqVptqSegment and PcdvqVptq; `vptq.cpu` calls those.
 VPTQ_SEGMENT = struct.Struct("2P5q")
 VPTQ = struct.Struct("7P5q5i4x")
-
-
-class _Nearest(ctypes.Structure):
-    """PcdvqNearest of kernels/csrc/pcdvq.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "codewords", "bias", "out")),
-        *((name, ctypes.c_int64) for name in ("groups", "count")),
-        *((name, ctypes.c_int32) for name in ("dim", "threads", "isa")),
-    )
-
-
-class _Trellis(ctypes.Structure):
-    """PcdvqTrellis of kernels/csrc/pcdvq.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "row_weight", "codewords", "bias", "out")),
-        *((name, ctypes.c_int64) for name in ("rows", "groups")),
-        *((name, ctypes.c_int32) for name in ("dim", "parity", "field_bits", "state_bits")),
-        *((name, ctypes.c_int32) for name in ("threads", "isa")),
-    )
+# PcdvqNearest, likewise, and PcdvqTrellis; `cpu_search` calls those.
+NEAREST = struct.Struct("4P2q3i4x")
+TRELLIS = struct.Struct("5P2q6i")
 
 
 @cache
@@ -80,8 +60,8 @@ def _library() -> ctypes.CDLL | str:
         _LINEAR.size,
         _EMBEDDING.size,
         _MOE.size,
-        ctypes.sizeof(_Nearest),
-        ctypes.sizeof(_Trellis),
+        NEAREST.size,
+        TRELLIS.size,
         VPTQ_SEGMENT.size,
         VPTQ.size,
         _PREPACK.size,
@@ -93,8 +73,8 @@ def _library() -> ctypes.CDLL | str:
     library.pcdvq_packed_bytes.restype = ctypes.c_int64
     library.pcdvq_embedding.argtypes = (ctypes.c_char_p,)
     library.pcdvq_moe.argtypes = (ctypes.c_char_p,)
-    library.pcdvq_nearest.argtypes = (ctypes.POINTER(_Nearest),)
-    library.pcdvq_trellis.argtypes = (ctypes.POINTER(_Trellis),)
+    library.pcdvq_nearest.argtypes = (ctypes.c_char_p,)
+    library.pcdvq_trellis.argtypes = (ctypes.c_char_p,)
     library.pcdvq_vptq.argtypes = (ctypes.c_char_p,)
     return library
 
@@ -357,79 +337,3 @@ def _experts(tensors: Sequence[Tensor], shape: LinearShape) -> tuple[int, ...]:
     pointers = (tensor.data_ptr() for tensor in tensors)
     rows, columns = tensors[0].shape[1], 8 * tensors[2].shape[0]
     return (*pointers, rows, columns, shape.row_bytes, *shape.layout)
-
-
-def nearest(x: Tensor, codewords: Tensor, bias: Tensor, *, isa: str = "auto") -> Tensor:
-    """Nearest codeword of each group: argmax over c of x . codewords[c] - bias[c].
-
-    Args:
-        x: fp32 [G, dim], dim 2, 4 or 8, on the CPU, finite.
-        codewords: fp32 [C, dim].
-        bias: fp32 [C]; half the squared norms for the nearest in Euclidean distance.
-        isa: "auto" or one of `isas()`.
-
-    Returns:
-        int32 [G]; of equal scores the lowest index.
-
-    Raises:
-        PCDVQError: other dtypes, shapes or devices.
-    """
-    library = loaded()
-    check_nearest(x, codewords, bias)
-    check_device(x)
-    x, codewords, bias = x.contiguous(), codewords.contiguous(), bias.contiguous()
-    out = torch.empty(x.shape[0], dtype=torch.int32)
-    status = library.pcdvq_nearest(
-        _Nearest(
-            x.data_ptr(),
-            codewords.data_ptr(),
-            bias.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            codewords.shape[0],
-            x.shape[1],
-            torch.get_num_threads(),
-            isa_number(isa),
-        )
-    )
-    if status:
-        raise_status(status, "nearest codeword")
-    return out
-
-
-def trellis(
-    x: Tensor,
-    row_weight: Tensor,
-    codewords: Tensor,
-    parity: bool,
-    state_bits: int,
-    *,
-    isa: str = "auto",
-) -> Tensor:
-    """`trellis_codes` on the CPU; `isa` is "auto" or one of `isas()`."""
-    library = loaded()
-    field_bits = check_trellis(x, row_weight, codewords, parity, state_bits)
-    check_device(x)
-    x, row_weight, codewords = x.contiguous(), row_weight.contiguous(), codewords.contiguous()
-    bias = codewords.square().sum(1) / 2
-    out = torch.empty(x.shape[:2], dtype=torch.int32)
-    status = library.pcdvq_trellis(
-        _Trellis(
-            x.data_ptr(),
-            row_weight.data_ptr(),
-            codewords.data_ptr(),
-            bias.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            x.shape[1],
-            x.shape[2],
-            parity,
-            field_bits,
-            state_bits,
-            torch.get_num_threads(),
-            isa_number(isa),
-        )
-    )
-    if status:
-        raise_status(status, "trellis search")
-    return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pcdvq_kernels import cpu, fallback
+from pcdvq_kernels import cpu, cpu_search, fallback
 
 
 def nearest_codeword(x: Tensor, codewords: Tensor, bias: Tensor) -> Tensor:
@@ -23,5 +23,5 @@ def nearest_codeword(x: Tensor, codewords: Tensor, bias: Tensor) -> Tensor:
         PCDVQError: other dtypes, shapes or devices.
     """
     if x.device.type == "cpu" and cpu.available():
-        return cpu.nearest(x, codewords, bias)
+        return cpu_search.nearest(x, codewords, bias)
     return fallback.nearest(x, codewords, bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pcdvq_kernels import cpu, fallback
+from pcdvq_kernels import cpu, cpu_search, fallback
 
 
 def trellis_codes(
@@ -30,5 +30,5 @@ def trellis_codes(
     Raises:
         PCDVQError: other dtypes, shapes or devices.
     """
-    run = cpu.trellis if x.device.type == "cpu" and cpu.available() else fallback.trellis
+    run = cpu_search.trellis if x.device.type == "cpu" and cpu.available() else fallback.trellis
     return run(x, row_weight, codewords, parity, state_bits)

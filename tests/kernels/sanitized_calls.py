@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from linear_cases import SPECS, Case, random_case
-from pcdvq_kernels import cpu
+from pcdvq_kernels import cpu, cpu_search
 from pcdvq_kernels.arguments import ACTIVATIONS
 from pcdvq_kernels.vptq import cpu as vptq
 from pcdvq_kernels.vptq import ops
@@ -87,14 +87,16 @@ def call_searches(isa: str) -> int:
 
     for dim in (2, 4, 8):
         for count, groups in ((1, 1), (3, 257), (600, 40), (257, 0)):
-            cpu.nearest(normal(groups, dim), normal(count, dim), normal(count), isa=isa)
+            cpu_search.nearest(normal(groups, dim), normal(count, dim), normal(count), isa=isa)
             calls += 1
     for dim, parity, state_bits, field_bits in TRELLISES:
         codewords = normal(1 << (state_bits + field_bits + parity), dim).abs()
         for rows, groups in ((17, 5), (3, 1), (32, 35 if field_bits < 8 else 3), (0, 2)):
             x = normal(rows, groups, dim)
             for values in (x, torch.full_like(x, torch.nan)) if rows < 10 else (x,):
-                cpu.trellis(values, normal(rows).abs(), codewords, parity, state_bits, isa=isa)
+                cpu_search.trellis(
+                    values, normal(rows).abs(), codewords, parity, state_bits, isa=isa
+                )
                 calls += 1
     return calls
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from linear_cases import BLOCKS, SPECS, guarded_bytes, random_case, unit_case
-from pcdvq_kernels import cpu, fallback
+from pcdvq_kernels import cpu, cpu_search, fallback
 from pcdvq_kernels.arguments import ACTIVATIONS
 from pcdvq_kernels.nearest import nearest_codeword
 from pcdvq_kernels.reference import decode_levels
@@ -153,7 +153,7 @@ def test_nearest(isa, dim, count):
         x = small_integers(groups, dim)
         scores = (x @ codewords.T - bias).double()
         scores -= torch.arange(count) * 1e-6  # the lowest index of equals
-        actual = cpu.nearest(x, codewords, bias, isa=isa)
+        actual = cpu_search.nearest(x, codewords, bias, isa=isa)
         assert actual.dtype == torch.int32
         assert torch.equal(actual.long(), scores.argmax(1))
         assert torch.equal(fallback.nearest(x, codewords, bias), actual)
@@ -186,7 +186,7 @@ def test_trellis(isa, dim, parity, state_bits, field_bits):
     for rows, groups in ((0, 3), (37, 5), (16, 1), (3, 2), (200, 7)):
         x = torch.randn(rows, groups, dim, generator=generator)
         weight = torch.rand(rows, generator=generator)
-        actual = cpu.trellis(x, weight, codewords, parity, state_bits, isa=isa)
+        actual = cpu_search.trellis(x, weight, codewords, parity, state_bits, isa=isa)
         assert actual.dtype == torch.int32
         expected = fallback.trellis(x, weight, codewords, parity, state_bits)
         assert torch.equal(actual, expected)

@@ -122,6 +122,40 @@ def test_matches_reference(case: str, k: int) -> None:
 
 
 @needs_library
+@all_isas
+@pytest.mark.parametrize("case", ["outliers", "groups", "65536", "65536-256", "65536-65536"])
+def test_rounded_tables(case: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products are those of the rounded weight, which is near the stored one."""
+    monkeypatch.setattr("pcdvq_kernels.vptq.weight.SMALL_TABLE", 0)
+    layout, tensors = layer(case, 37, 576)
+    tables = pack_tables(layout, tensors, torch.device("cpu"))
+    rounded = tables.rounded()
+    assert {table.dtype for table in rounded.tensors} == {torch.int8}
+    for table, levels, unit in zip(tables.tensors, rounded.tensors, rounded.units, strict=True):
+        torch.testing.assert_close(
+            levels * unit, table.float(), rtol=0, atol=0.5001 * unit, check_dtype=False
+        )
+    weight, exact = pack_weight(layout, tensors, rounded), pack_weight(layout, tensors, tables)
+    x, dense = torch.randn(33, 576), dequantize(layout, tensors)
+    args = x, *weight.args(), None
+    expected = ops.fallback(*args, ops.check(*args, weight.layout))
+    for m in (1, 2, 17, 33):
+        y = run(weight, x[:m], None, isa)
+        torch.testing.assert_close(y, expected[:m], rtol=0, atol=limit(dense, x))
+    error = (expected - run(exact, x, None, isa)).norm() / expected.norm()
+    assert 1e-4 < error < 0.02
+
+
+def test_tables_that_stay_as_they_are() -> None:
+    """Small ones, and those that a few large values would leave with few levels."""
+    for case, damage in (("plain", 1.0), ("65536", 1e4)):
+        layout, tensors = layer(case, 37, 576)
+        tensors["centroids"][0, 0] *= damage
+        tables = pack_tables(layout, tensors, torch.device("cpu"))
+        assert tables.rounded() is tables
+
+
+@needs_library
 @all_cases
 def test_rows_and_threads_change_nothing(case: str, threads: Callable[[int], None]) -> None:
     layout, tensors = layer(case, 200, 96)
@@ -215,7 +249,7 @@ def test_operator() -> None:
         (4, [torch.zeros(2, 8, dtype=torch.uint8)], "codes is torch.uint8"),
         (4, [], "0 codes and 1 tables for 1 segments"),
         (5, [torch.zeros(5)], r"table is torch.float32 \[5\]"),
-        (5, [torch.zeros(5, dtype=torch.int8)], "tables are torch.int8"),
+        (5, [torch.zeros(5, dtype=torch.int16)], "tables are torch.int16"),
         (6, torch.zeros(15), r"bias is torch.float32 \[15\]"),
         (7, [16, 0, 64, 8, 8], "layout has 5 integers"),
         (7, [16, 0, 64, 17, 8, 0], "vector_len in"),

@@ -23,6 +23,8 @@ from pcdvq_kernels.cpu import (
 if TYPE_CHECKING:
     from pcdvq_kernels.vptq.ops import Shape
 
+TABLE_DTYPES = {**DTYPES, torch.int8: 3}
+
 
 def linear(
     x: Tensor,
@@ -76,7 +78,7 @@ def linear(
             out.data_ptr(),
             *(x.numel() // k, shape.rows, k, shape.skip, len(codes)),
             DTYPES[x.dtype],
-            DTYPES[tables[0].dtype],
+            TABLE_DTYPES[tables[0].dtype],
             0 if bias is None else DTYPES[bias.dtype],
             torch.get_num_threads(),
             isa_number(isa),

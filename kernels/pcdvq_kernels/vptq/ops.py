@@ -7,7 +7,7 @@
     scale    fp32 [K], in the order of the codes
     shift    fp32 [K], in the order of x
     codes    for each segment uint8 [blocks, row_bytes], or int32 words for the Triton kernels
-    tables   for each segment bf16, fp16 or fp32 [rows * vector_len + TABLE_SLACK], all alike
+    tables   for each segment bf16, fp16, fp32 or int8 [rows * vector_len + TABLE_SLACK], all alike
     bias     any float dtype [N], or None
     layout   N, rows to skip, and of each segment its `Segment`
     returns  x.dtype [..., N]
@@ -108,8 +108,8 @@ def check(
             "segments; give one of each for every segment"
         )
     dtype = tables[0].dtype
-    if dtype not in ACTIVATION_DTYPES:
-        raise PCDVQError(f"tables are {dtype}; expected bf16, fp16 or fp32")
+    if dtype not in (*ACTIVATION_DTYPES, torch.int8):
+        raise PCDVQError(f"tables are {dtype}; expected bf16, fp16, fp32 or int8")
     for segment, code, table in zip(shape.segments, codes, tables, strict=True):
         row = segment.row_bytes() // code.dtype.itemsize
         kind = torch.int32 if code.dtype == torch.int32 else torch.uint8

@@ -35,6 +35,19 @@ PCDVQ_INLINE Wide load_rows(const uint8_t* p, int64_t stride) {
   return join(load_halves(p, p + stride), load_halves(p + 2 * stride, p + 3 * stride));
 }
 
+// [4][16 rows], from four dwords of each of 16 rows, `stride` bytes apart.
+PCDVQ_INLINE void dwords_of_rows(const uint8_t* rows, int64_t stride, Wide (&out)[4]) {
+  Wide z[4];  // rows i, i + 4, i + 8 and i + 12
+  for (int i = 0; i < 4; ++i) z[i] = load_rows(rows + i * stride, 4 * stride);
+  const Wide low01 = _mm512_unpacklo_epi32(z[0], z[1]), low23 = _mm512_unpacklo_epi32(z[2], z[3]);
+  const Wide high01 = _mm512_unpackhi_epi32(z[0], z[1]);
+  const Wide high23 = _mm512_unpackhi_epi32(z[2], z[3]);
+  out[0] = _mm512_unpacklo_epi64(low01, low23);
+  out[1] = _mm512_unpackhi_epi64(low01, low23);
+  out[2] = _mm512_unpacklo_epi64(high01, high23);
+  out[3] = _mm512_unpackhi_epi64(high01, high23);
+}
+
 // Sixteen dwords or eight qwords, where `at(r)` points for lane r.
 template <class At>
 PCDVQ_INLINE Wide load_dwords(At at) {
@@ -305,17 +318,9 @@ struct RowBlocks {
 template <class At, class Sink>
 PCDVQ_INLINE void give_levels(const uint8_t* rows, int64_t stride, At at, Sink&& sink) {
   for (int v = 0; v < 4; ++v) {
-    Wide z[4];  // rows i, i + 4, i + 8 and i + 12
-    for (int i = 0; i < 4; ++i) {
-      z[i] = plus_128(load_rows(rows + at(v) + i * stride, 4 * stride));
-    }
-    const Wide low01 = _mm512_unpacklo_epi32(z[0], z[1]), low23 = _mm512_unpacklo_epi32(z[2], z[3]);
-    const Wide high01 = _mm512_unpackhi_epi32(z[0], z[1]);
-    const Wide high23 = _mm512_unpackhi_epi32(z[2], z[3]);
-    sink(4 * v, 0, _mm512_unpacklo_epi64(low01, low23));
-    sink(4 * v + 1, 1, _mm512_unpackhi_epi64(low01, low23));
-    sink(4 * v + 2, 0, _mm512_unpacklo_epi64(high01, high23));
-    sink(4 * v + 3, 1, _mm512_unpackhi_epi64(high01, high23));
+    Wide dwords[4];
+    dwords_of_rows(rows + at(v), stride, dwords);
+    for (int i = 0; i < 4; ++i) sink(4 * v + i, i % 2, plus_128(dwords[i]));
   }
 }
 

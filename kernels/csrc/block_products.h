@@ -8,6 +8,7 @@
 #pragma once
 
 #include "block_codes.h"
+#include "block_compact.h"
 #include "block_nibbles.h"
 #include "quantize.h"
 
@@ -163,6 +164,7 @@ void quantize_blocks(float* x, int64_t columns, int64_t order_dim, const BlockRo
     out.corrections[b] = -128 * sum;
     if (order_dim == 8) order_levels<8>(integers, levels);
     if (order_dim == 4) order_levels<4>(integers, levels);
+    if (order_dim == 2) order_levels<2>(integers, levels);
     if (order_dim == 0) order_levels<1>(integers, levels);
   }
 }
@@ -226,6 +228,22 @@ bool match_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
 }
 
 template <bool PACKED>
+bool find_compact(const PcdvqLayout& layout, BlockDecoder* decoder) {
+  if (is_compact(layout, 4, 4, 3)) {
+    using L = CompactBlocks<4, PACKED>;
+    *decoder = block_decoder<L, PACKED>(L::expand, 4);
+  } else if (is_compact(layout, 2, 6, 2)) {
+    using L = CompactBlocks<2, PACKED>;
+    *decoder = block_decoder<L, PACKED>(L::expand, 2);
+  } else if (PACKED && is_compact(layout, 2, 4, 3)) {
+    *decoder = block_decoder<CompactBlocks6, PACKED>(CompactBlocks6::expand, 2);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+template <bool PACKED>
 bool find_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
   if (match_blocks<8, 16, true, 0, PACKED>(layout, decoder) ||
       match_blocks<8, 18, true, 0, PACKED>(layout, decoder) ||
@@ -237,6 +255,7 @@ bool find_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
       match_blocks<4, 16, false, 2, PACKED>(layout, decoder)) {
     return true;
   }
+  if (find_compact<PACKED>(layout, decoder)) return true;
   if (is_direct<8, 16>(layout) && !layout.pyramid_rows) {
     *decoder = block_decoder<RowBlocks, PACKED>(nullptr);
     return true;
@@ -255,6 +274,11 @@ BlockDecoder find_block_decoder(const PcdvqLayout& layout, bool packed) {
   } else if (!find_blocks<false>(layout, &decoder)) {
     decoder.decode = decode_other;
     decoder.dot[0] = dot_other<1>, decoder.dot[1] = dot_other<4>, decoder.dot[2] = dot_other<8>;
+    decoder.expand = find_decoder(layout).expand;
+    const int64_t base_bits = layout.pattern_bits - layout.rotation_bits + layout.magnitude_bits;
+    if (decoder.expand) {
+      decoder.codeword_bytes = layout.vector_dim << (base_bits + layout.state_bits + layout.parity);
+    }
   }
   return decoder;
 }

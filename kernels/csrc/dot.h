@@ -2,6 +2,7 @@
 // Included once per instruction set, after its `Words`.
 #pragma once
 
+#include "compact.h"
 #include "direct.h"
 #include "pyramid_avx2.h"
 
@@ -231,6 +232,14 @@ bool match_direct(const PcdvqLayout& layout, Decoder* decoder) {
   return same;
 }
 
+template <int DIM, int CODE_BITS, int STATES>
+bool match_compact(const PcdvqLayout& layout, Decoder* decoder) {
+  using L = Compact<DIM, CODE_BITS, DIM == 4, STATES>;
+  const bool same = is_compact(layout, DIM, CODE_BITS - DIM, STATES);
+  if (same) *decoder = {decode_units<L>, nullptr, dots<L>, L::expand};
+  return same;
+}
+
 // The offered layouts.
 bool find_offered(const PcdvqLayout& layout, Decoder* decoder) {
   if (layout.pyramid_rows) {
@@ -244,6 +253,8 @@ bool find_offered(const PcdvqLayout& layout, Decoder* decoder) {
          match_lookup<8, 18, true, 3>(layout, decoder) ||
          match_lookup<4, 12, true, 3>(layout, decoder) ||
          match_lookup<4, 16, false, 2>(layout, decoder) ||
+         match_compact<4, 8, 3>(layout, decoder) || match_compact<2, 6, 3>(layout, decoder) ||
+         match_compact<2, 8, 2>(layout, decoder) ||
          match_direct<8, 16, Rows8<16>>(layout, decoder) ||
          match_direct<8, 18, Rows8<18>>(layout, decoder) ||
          match_direct<1, 8, Int8>(layout, decoder);

@@ -33,16 +33,29 @@ def unpack(packed: Tensor, layout: Sequence[int], rows: int, in_features: int) -
     dim = shape.layout.vector_dim
     vectors = BLOCK_COLUMNS // dim // _TOGETHER
     planes = packed.view(strips, blocks, -1, BLOCK_ROWS, _TOGETHER).long()
-    upper, signs = planes[:, :, :vectors], planes[:, :, vectors:]
-    if dim == 4:  # the signs of two vectors share bytes
-        signs = torch.stack([signs & 15, signs >> 4], 3).flatten(2, 3)
-    codes = (upper << dim | signs).permute(0, 3, 1, 2, 4)  # [strips, 16, blocks, vectors, 4]
+    if shape.layout.code_bits == 8:
+        codes = planes
+    else:
+        # Two vectors of patterns of 4 bits share bytes, as do two or four of signs.
+        upper = _split(planes[:, :, : -vectors * dim // 8], vectors)
+        codes = upper << dim | _split(planes[:, :, -vectors * dim // 8 :], vectors)
+    codes = codes.permute(0, 3, 1, 2, 4)  # [strips, 16, blocks, vectors, 4]
     codes = codes.reshape(strips * BLOCK_ROWS, -1)[:rows, : in_features // dim]
     return pack_codes(codes, shape.layout.code_bits)
 
 
+def _split(planes: Tensor, vectors: int) -> Tensor:
+    """[strips, blocks, vectors, 16, 4] of vectors that share bytes, the first in the low bits."""
+    share = vectors // planes.shape[2]
+    width = 8 // share
+    parts = [planes >> width * i & ((1 << width) - 1) for i in range(share)]
+    return torch.stack(parts, 3).flatten(2, 3)
+
+
 def _has_planes(fields: LayoutFields) -> bool:
-    """Whether codes are 8 bits beside their signs, with tables of 512 entries (block_planes.h)."""
+    """Whether codes are packed by place (block_planes.h, block_compact.h), not by row."""
+    if fields.vector_dim == 2 or fields.code_bits == 8 == 2 * fields.vector_dim:
+        return True
     states = {0: 0, 8: 3, 4: 2}.get(fields.vector_dim if fields.state_bits else 0)
     return (
         fields.code_bits == 8 + fields.sign_bits == 8 + fields.vector_dim

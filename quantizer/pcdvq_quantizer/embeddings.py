@@ -9,24 +9,31 @@ from transformers import PreTrainedModel
 from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook
 
 UNQUANTIZED_BITS = 16
-_CODEBOOKS = {4: ("signed", 4.0), 8: ("int8", 8.0)}
+_RATES = (4, 8)
 
 
-def get_embedding_codebook(bits: int) -> NamedCodebook | None:
+def get_embedding_codebook(bits: int, codec: str) -> NamedCodebook | None:
     """The codebook for embeddings of `bits` per weight, None where they stay as they are.
+
+    Args:
+        bits: 4, 8 or 16.
+        codec: of the linear layers. `signed` has no rule for how rows are split, so embeddings have
+            it beside any codec but `compact`, whose kernels a head is to have too.
 
     Raises:
         PCDVQError: the rate is not offered.
     """
     if bits == UNQUANTIZED_BITS:
         return None
-    if bits not in _CODEBOOKS:
-        offered = ", ".join(map(str, _CODEBOOKS))
+    if bits not in _RATES:
+        offered = ", ".join(map(str, _RATES))
         raise PCDVQError(
             f"--embedding-bits is {bits}; give {offered}, or {UNQUANTIZED_BITS} to leave "
             "embeddings as they are"
         )
-    return get_codebook(*_CODEBOOKS[bits])
+    if bits == 8:
+        return get_codebook("int8", 8.0)
+    return get_codebook("compact" if codec == "compact" else "signed", float(bits))
 
 
 def find_embeddings(model: PreTrainedModel) -> tuple[str | None, str | None]:

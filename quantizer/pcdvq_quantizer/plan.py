@@ -327,7 +327,7 @@ def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
     """`make_plan` for an open model and options that were checked."""
     rate = offered_rates(options.codec)[0] if options.is_mixed else options.bits
     codebook = get_codebook(options.codec, rate)
-    embedding_codebook = get_embedding_codebook(options.embedding_bits)
+    embedding_codebook = get_embedding_codebook(options.embedding_bits, options.codec)
     check_unquantized(source)
     selection = select_layers(
         source, DEFAULT_SKIP + options.skip, embeddings=embedding_codebook is not None

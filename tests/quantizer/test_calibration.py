@@ -50,7 +50,8 @@ def quadratic(error: torch.Tensor, hessian: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("codec", "bits"), [("signed", 2.0), ("signed", 4.0), ("trellis", 2.0), ("pvq", 3.25)]
+    ("codec", "bits"),
+    [("signed", 2.0), ("signed", 4.0), ("trellis", 2.0), ("compact", 2.0), ("pvq", 3.25)],
 )
 def test_feedback_lowers_the_output_error(codec: str, bits: float) -> None:
     """By the ratio that theory gives for small errors: mean of the feedback's D to mean of H."""

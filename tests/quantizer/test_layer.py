@@ -10,7 +10,7 @@ from pcdvq_quantizer.plan import input_signs
 
 @pytest.mark.parametrize(
     ("codec", "bits"),
-    [(codec, bits) for codec in ("signed", "trellis", "pvq") for bits in OFFERED[codec]],
+    [(codec, bits) for codec in ("signed", "trellis", "compact", "pvq") for bits in OFFERED[codec]],
 )
 @pytest.mark.parametrize(("rows", "columns"), [(33, 576), (5, 896), (1, 72)])
 def test_reported_error_is_the_error_of_the_stored_weight(

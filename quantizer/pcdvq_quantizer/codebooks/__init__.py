@@ -26,6 +26,7 @@ SAMPLES, ROWS = 1 << 16, 1 << 8  # groups that distortions are measured on
 OFFERED = {
     "signed": (2.0, 2.25, 3.0, 4.0),
     "trellis": (2.0, 2.25, 3.0, 4.0),
+    "compact": (2.0, 3.0, 4.0),
     "e8": tuple(E8_DIRECTION_BITS),
     "pvq": (2.0, 2.25, 3.0, 3.25, 4.0),
     "int8": (8.0,),

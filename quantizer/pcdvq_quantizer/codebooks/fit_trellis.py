@@ -1,6 +1,6 @@
 """Fit the trellis codebooks shipped in `tables/`.
 
-    python -m pcdvq_quantizer.codebooks.fit_trellis --bits 2 --output trellis-2.safetensors
+    python -m pcdvq_quantizer.codebooks.fit_trellis trellis-2 trellis-2.safetensors
 
 A trellis code is signs and a pattern, as in the signed codec (`fit`), but the directions a pattern
 selects from also depend on the code of the same group in the row above (FORMAT.md, "States"): a
@@ -33,11 +33,11 @@ SEED = 20250605
 class Variant:
     """Layout and fitting effort of one codebook.
 
-    `clip` is the standard deviation that the largest entry stands for: a larger one makes coarser
-    steps. `iterations` of the floating-point fit take `groups` samples.
+    `id` is its codec and bits. `clip` is the standard deviation that the largest entry stands for:
+    a larger one makes coarser steps. `iterations` of the floating-point fit take `groups` samples.
     """
 
-    bits: str
+    id: str
     vector_dim: Literal[2, 4, 8]
     parity: bool
     pattern_bits: int
@@ -67,18 +67,43 @@ class Variant:
 
 
 _TRELLIS_2 = Variant(
-    bits="2", vector_dim=8, parity=True, pattern_bits=8, rotation_bits=3, state_bits=3, clip=3.0
+    id="trellis-2",
+    vector_dim=8,
+    parity=True,
+    pattern_bits=8,
+    rotation_bits=3,
+    state_bits=3,
+    clip=3.0,
 )
 _TRELLIS_3 = Variant(
-    bits="3", vector_dim=4, parity=True, pattern_bits=8, rotation_bits=2, state_bits=3, clip=3.4
+    id="trellis-3",
+    vector_dim=4,
+    parity=True,
+    pattern_bits=8,
+    rotation_bits=2,
+    state_bits=3,
+    clip=3.4,
 )
 # As in `signed` at this rate, parity gains nothing. Four states keep the table at 16 KiB.
 _TRELLIS_4 = Variant(
-    bits="4", vector_dim=4, parity=False, pattern_bits=12, rotation_bits=2, state_bits=2, clip=3.6,
-    groups=100_000, iterations=30,
+    id="trellis-4", vector_dim=4, parity=False, pattern_bits=12, rotation_bits=2, state_bits=2,
+    clip=3.6, groups=100_000, iterations=30,
 )  # fmt: skip
-_TRELLIS_2_25 = replace(_TRELLIS_2, bits="2.25", pattern_bits=10, groups=150_000, iterations=25)
-VARIANTS = {v.bits: v for v in (_TRELLIS_2, _TRELLIS_2_25, _TRELLIS_3, _TRELLIS_4)}
+_TRELLIS_2_25 = replace(
+    _TRELLIS_2, id="trellis-2.25", pattern_bits=10, groups=150_000, iterations=25
+)
+# A coordinate's table is two or four AVX-512 registers: kernels/csrc/block_compact.h.
+_COMPACT_2 = Variant(
+    id="compact-2", vector_dim=4, parity=True, pattern_bits=4, rotation_bits=0, state_bits=3,
+    clip=3.0,
+)  # fmt: skip
+_COMPACT_3 = Variant(
+    id="compact-3", vector_dim=2, parity=False, pattern_bits=4, rotation_bits=0, state_bits=3,
+    clip=3.4,
+)  # fmt: skip
+_COMPACT_4 = replace(_COMPACT_3, id="compact-4", pattern_bits=6, state_bits=2, clip=3.6)
+_TRELLIS = _TRELLIS_2, _TRELLIS_2_25, _TRELLIS_3, _TRELLIS_4
+VARIANTS = {v.id: v for v in (*_TRELLIS, _COMPACT_2, _COMPACT_3, _COMPACT_4)}
 
 
 @dataclass(frozen=True)
@@ -163,19 +188,19 @@ def fit(variant: Variant) -> tuple[NamedCodebook, float]:
     x = variant.sample(400_000, generator)
     error = mean_squared_error(integers / unit, assign(x, integers / unit, spec))
     codebook = Codebook(spec, integers.to(torch.int8), torch.ones(1, dtype=torch.uint8))
-    return NamedCodebook(f"trellis-{variant.bits}", codebook, unit), error
+    return NamedCodebook(variant.id, codebook, unit), error
 
 
 def main(
-    bits: Annotated[str, typer.Option(help=f"Bits per weight: {', '.join(VARIANTS)}.")],
-    output: Annotated[Path, typer.Option(help="Safetensors file to write.")],
+    codebook: Annotated[str, typer.Argument(help=f"One of {', '.join(VARIANTS)}.")],
+    output: Annotated[Path, typer.Argument(help="Safetensors file to write.")],
 ) -> None:
     """Fit a trellis codebook to N(0, 1) weights."""
-    if bits not in VARIANTS:
-        raise typer.BadParameter(f"{bits} is not one of {', '.join(VARIANTS)}")
-    codebook, error = fit(VARIANTS[bits])
-    save_codebook(codebook, output)
-    print(f"{output}: unit {codebook.unit:.4f}, mean squared error {error:.5f}")
+    if codebook not in VARIANTS:
+        raise typer.BadParameter(f"{codebook} is not one of {', '.join(VARIANTS)}")
+    named, error = fit(VARIANTS[codebook])
+    save_codebook(named, output)
+    print(f"{output}: unit {named.unit:.4f}, mean squared error {error:.5f}")
 
 
 if __name__ == "__main__":

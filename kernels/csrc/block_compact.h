@@ -19,20 +19,16 @@ PCDVQ_INLINE Wide rows_above(Wide codes) {
   return _mm512_alignr_epi32(codes, _mm512_setzero_si512(), 15);
 }
 
-// For each coordinate a table of 64 * REGISTERS levels plus 128.
+// For each coordinate a table of 64 * REGISTERS levels plus 128, in the order of the codewords.
 template <int DIM, int REGISTERS>
 struct RegisterTables {
   static constexpr int kEntries = 64 * REGISTERS;
   static constexpr int kCodewordBytes = DIM * kEntries;
   Wide tables[DIM][REGISTERS];
 
-  // `codeword(index)` is the row of the codewords of an index.
-  template <class Codeword>
-  static void expand_by(const int8_t* codewords, int8_t* table, Codeword codeword) {
-    for (int index = 0; index < kEntries; ++index) {
-      for (int j = 0; j < DIM; ++j) {
-        table[j * kEntries + index] = int8_t(codewords[codeword(index) * DIM + j] ^ 0x80);
-      }
+  static void expand(const int8_t* codewords, int8_t* table) {
+    for (int i = 0; i < kCodewordBytes; ++i) {
+      table[i % DIM * kEntries + i / DIM] = int8_t(codewords[i] ^ 0x80);
     }
   }
 
@@ -66,25 +62,20 @@ struct RegisterTables {
   }
 };
 
-// Codes of 8 bits, which are the bytes of rows: of two signs and 6 bits with 4 states, or of four signs
-// and 4 bits with parity and 8 states. Packed, vectors follow each other.
+// Codes of 8 bits, which are the bytes of rows, and 4 states: of two signs and 6 bits, or of four signs
+// and 4 bits with parity. Packed, vectors follow each other.
 template <int DIM, bool PACKED>
-struct CompactBlocks : RegisterTables<DIM, 4> {
+struct CompactBlocks : RegisterTables<DIM, DIM == 2 ? 4 : 2> {
   static constexpr int kBlockBytes = kScaleColumns / DIM, kReadBytes = kBlockBytes;
   static constexpr int kVectors = kBlockBytes / 4;
 
-  static void expand(const int8_t* codewords, int8_t* table) {
-    RegisterTables<DIM, 4>::expand_by(codewords, table, [](int index) {
-      return DIM == 2 ? index : (index >> 5 << 4 | (index & 15)) << 1 | (index >> 4 & 1);
-    });
-  }
-
-  // From the highest bit: state, which is the top bits of the code above; parity; pattern.
+  // State, which is the top bits of the code above, pattern, and parity in the lowest bit.
   static PCDVQ_INLINE Wide index(Wide codes) {
-    const Wide pattern = _mm512_srli_epi16(codes, DIM);
-    if (DIM == 2) return choose(0xC0, rows_above(codes), pattern);
+    const Wide above = rows_above(codes);
+    if (DIM == 2) return choose(0xC0, above, _mm512_srli_epi16(codes, 2));
     const Wide ones = _mm512_popcnt_epi8(_mm512_and_si512(codes, _mm512_set1_epi8(15)));
-    return choose(0xE0, rows_above(codes), choose(0x10, _mm512_slli_epi16(ones, 4), pattern));
+    const Wide pattern = choose(1, ones, _mm512_srli_epi16(codes, 3));
+    return choose(0xE0, _mm512_srli_epi16(above, 1), pattern);
   }
 
   template <class Sink>
@@ -117,10 +108,6 @@ struct CompactBlocks : RegisterTables<DIM, 4> {
 // the signs, four vectors in one.
 struct CompactBlocks6 : RegisterTables<2, 2> {
   static constexpr int kBlockBytes = 24, kReadBytes = kBlockBytes;
-
-  static void expand(const int8_t* codewords, int8_t* table) {
-    expand_by(codewords, table, [](int index) { return index; });
-  }
 
   template <class Sink>
   static PCDVQ_INLINE void decode(const int8_t* table, const uint8_t* codes, int64_t, Sink&& sink) {

@@ -229,7 +229,7 @@ bool match_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
 
 template <bool PACKED>
 bool find_compact(const PcdvqLayout& layout, BlockDecoder* decoder) {
-  if (is_compact(layout, 4, 4, 3)) {
+  if (is_compact(layout, 4, 4, 2)) {
     using L = CompactBlocks<4, PACKED>;
     *decoder = block_decoder<L, PACKED>(L::expand, 4);
   } else if (is_compact(layout, 2, 6, 2)) {

@@ -253,7 +253,7 @@ bool find_offered(const PcdvqLayout& layout, Decoder* decoder) {
          match_lookup<8, 18, true, 3>(layout, decoder) ||
          match_lookup<4, 12, true, 3>(layout, decoder) ||
          match_lookup<4, 16, false, 2>(layout, decoder) ||
-         match_compact<4, 8, 3>(layout, decoder) || match_compact<2, 6, 3>(layout, decoder) ||
+         match_compact<4, 8, 2>(layout, decoder) || match_compact<2, 6, 3>(layout, decoder) ||
          match_compact<2, 8, 2>(layout, decoder) ||
          match_direct<8, 16, Rows8<16>>(layout, decoder) ||
          match_direct<8, 18, Rows8<18>>(layout, decoder) ||

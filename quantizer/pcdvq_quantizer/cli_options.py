@@ -51,7 +51,8 @@ CodecOption = Annotated[
     Codec,
     typer.Option(
         help="trellis: best quality; compact: fastest on CPUs with AVX-512; signed: no rule for "
-        "how rows are split; pvq: integer pyramids, no stored codebook; e8: the paper's codebook (2 and 2.25); int8: 8 bits."
+        "how rows are split; pvq: integer pyramids, no stored codebook; e8: the paper's codebook "
+        "(2 and 2.25); int8: 8 bits."
     ),
 ]
 VectorLength = Annotated[

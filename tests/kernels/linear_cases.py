@@ -62,7 +62,7 @@ SPECS = {
     "trellis-8x18": _spec(8, True, True, 10, 0, rotation_bits=3, state_bits=3),
     "trellis-4x12": _spec(4, True, True, 8, 0, rotation_bits=2, state_bits=3),
     "trellis-4x16": _spec(4, True, False, 12, 0, rotation_bits=2, state_bits=2),
-    "compact-4x8": _spec(4, True, True, 4, 0, state_bits=3),
+    "compact-4x8": _spec(4, True, True, 4, 0, state_bits=2),
     "compact-2x6": _spec(2, True, False, 4, 0, state_bits=3),
     "compact-2x8": _spec(2, True, False, 6, 0, state_bits=2),
     "generic-trellis-8x16": _spec(8, True, True, 8, 0, state_bits=4),

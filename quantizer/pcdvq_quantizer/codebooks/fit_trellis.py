@@ -94,7 +94,7 @@ _TRELLIS_2_25 = replace(
 )
 # A coordinate's table is two or four AVX-512 registers: kernels/csrc/block_compact.h.
 _COMPACT_2 = Variant(
-    id="compact-2", vector_dim=4, parity=True, pattern_bits=4, rotation_bits=0, state_bits=3,
+    id="compact-2", vector_dim=4, parity=True, pattern_bits=4, rotation_bits=0, state_bits=2,
     clip=3.0,
 )  # fmt: skip
 _COMPACT_3 = Variant(

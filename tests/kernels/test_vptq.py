@@ -123,6 +123,7 @@ def test_matches_reference(case: str, k: int) -> None:
 
 @needs_library
 @all_isas
+@pytest.mark.filterwarnings("ignore:.*slow")
 @pytest.mark.parametrize("case", ["outliers", "groups", "65536", "65536-256", "65536-65536"])
 def test_rounded_tables(case: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The products are those of the rounded weight, which is near the stored one."""

@@ -21,6 +21,7 @@ from pcdvq_kernels.vptq.reference import dequantize
 from random_checkpoint import tiny_llama
 from torch import Tensor
 from transformers import PreTrainedModel
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -31,12 +32,20 @@ from vllm.model_executor.layers.linear import (
 )
 from vptq_layers import CASES, entry, random_layer, write_checkpoint
 
+from vllm_pcdvq.config import ACTIVATIONS_OPTION
 from vllm_pcdvq.linear import CheckedUnquantizedLinearMethod
 from vllm_pcdvq.vptq import VPTQConfig
 
 K, HEAD = 98, 12  # 12 rows are no multiple of the row blocks
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 PROMPTS = [[7], list(range(20, 31)), list(range(300, 240, -1))]
+EXACT = {ACTIVATIONS_OPTION: "float"}  # no rounding of large tables
+
+
+@pytest.fixture
+def vllm_config(vllm_config: VllmConfig) -> VllmConfig:
+    vllm_config.additional_config = EXACT
+    return vllm_config
 
 
 def make_config(parts: dict[str, tuple[VPTQLayout, Any]], **options: Any) -> VPTQConfig:
@@ -185,6 +194,19 @@ def test_entries_by_last_name(vllm_config) -> None:
     assert isinstance(_down(config).quant_method, CheckedUnquantizedLinearMethod)
 
 
+def test_large_tables_are_rounded(vllm_config) -> None:
+    part, x = random_layer(48, 96, **CASES["v12"]), torch.randn(8, 96)
+    outputs = {}
+    for activations in ("int8", "int16"):
+        vllm_config.additional_config = {ACTIVATIONS_OPTION: activations}
+        layer = _down(make_config({"m.down": part}))
+        for key, tensor in part[1].items():
+            load(layer, key, tensor)
+        outputs[activations] = finish(layer)(x)[0]
+    error = (outputs["int8"] - outputs["int16"]).norm() / outputs["int16"].norm()
+    assert 1e-4 < error < 0.02
+
+
 def test_dummy_weights(vllm_config) -> None:
     layer = finish(_down(make_config({"m.down": random_layer(48, 96, **CASES["outliers"])})))
     assert layer(torch.randn(2, 96))[0].isfinite().all()
@@ -263,11 +285,10 @@ def test_engine(tmp_path: Path, engine: ProcessPoolExecutor) -> None:
     cases = {**ATTENTION, **MLP}
     cases["q_proj"] = {**cases["q_proj"], "outliers": (32, 4, 100)}
     model = write_checkpoint(tmp_path / "model", TIED, cases)
-    one = engine.submit(generate, tmp_path / "model", PROMPTS, dtype="float32")
+    options = {"dtype": "float32", "additional_config": EXACT}
+    one = engine.submit(generate, tmp_path / "model", PROMPTS, **options)
     _expect(model, one.result())
-    two = engine.submit(
-        generate, tmp_path / "model", PROMPTS, dtype="float32", tensor_parallel_size=2
-    )
+    two = engine.submit(generate, tmp_path / "model", PROMPTS, **options, tensor_parallel_size=2)
     _expect(model, two.result())
 
 

@@ -28,28 +28,20 @@ from matplotlib import pyplot as plt
 
 GROUP = 64  # weights that share a bf16 scale in scalar round-to-nearest
 SCALE_BITS = 16
-CALIBRATED = ("--calibration", "{text}")
 NEAREST = ("--calibration", "none")
+TRELLIS, COMPACT = ("2", "2.25", "3", "3.25", "4"), ("2", "3", "4")
 # By method, its points: options of `pcdvq quantize`, or bits of scalar round-to-nearest.
 METHODS: dict[str, dict[str, tuple[str, ...] | int]] = {
-    "trellis": {
-        f"trellis-{bits}": ("--bits", bits, *CALIBRATED) for bits in ("2", "2.25", "3", "3.25", "4")
-    },
+    "trellis": {f"trellis-{bits}": ("--bits", bits) for bits in TRELLIS},
     "trellis, fisher": {
-        f"fisher-{bits}": ("--bits", bits, "--objective", "fisher", *CALIBRATED)
-        for bits in ("2", "2.25", "3", "4")
+        f"fisher-{bits}": ("--bits", bits, "--objective", "fisher") for bits in ("2", "3", "4")
     },
-    "signed": {
-        f"signed-{bits}": ("--bits", bits, "--codec", "signed", *CALIBRATED)
-        for bits in ("2", "3", "4")
-    },
-    "e8": {f"e8-{bits}": ("--bits", bits, "--codec", "e8", *CALIBRATED) for bits in ("2", "2.25")},
-    "pvq": {
-        f"pvq-{bits}": ("--bits", bits, "--codec", "pvq", *CALIBRATED)
-        for bits in ("2", "3.25", "4")
-    },
-    "vptq": {f"vptq-{bits}": ("--bits", bits, "--method", "vptq", *CALIBRATED) for bits in "23"},
-    "trellis, to nearest": {f"nearest-{bits}": ("--bits", bits, *NEAREST) for bits in "34"},
+    "compact": {f"compact-{bits}": ("--bits", bits, "--codec", "compact") for bits in COMPACT},
+    "signed": {f"signed-{bits}": ("--bits", bits, "--codec", "signed") for bits in COMPACT},
+    "e8": {f"e8-{bits}": ("--bits", bits, "--codec", "e8") for bits in ("2", "2.25")},
+    "pvq": {f"pvq-{bits}": ("--bits", bits, "--codec", "pvq") for bits in ("2", "3.25", "4")},
+    "vptq": {f"vptq-{bits}": ("--bits", bits, "--method", "vptq") for bits in ("2", "3")},
+    "trellis, to nearest": {f"nearest-{bits}": ("--bits", bits, *NEAREST) for bits in ("3", "4")},
     "scalar, to nearest": {f"scalar-{bits}": bits for bits in (3, 4)},
 }
 console = Console(highlight=False, soft_wrap=True)
@@ -72,6 +64,7 @@ class Protocol:
     """What all are calibrated and measured with."""
 
     calibration: Path
+    samples: int
     text: Path
     windows: int
 
@@ -85,7 +78,8 @@ def measure(
         if isinstance(how, int):
             round_scalars(out, how)
         else:
-            options = [option.format(text=protocol.calibration) for option in how]
+            options = ["--calibration", protocol.calibration, "--samples", str(protocol.samples)]
+            options = how if "--calibration" in how else [*how, *options]
             subprocess.run([PCDVQ, "quantize", smollm2_gguf(), out, *options], check=True)
     if not report.exists():
         arguments = ["--text", protocol.text, "--windows", str(protocol.windows), "--json", report]
@@ -156,7 +150,8 @@ def plot_points(points: list[Point], file: Path) -> None:
 def main(
     calibration: Annotated[Path, typer.Option(help="Text to calibrate on.")],
     text: Annotated[Path, typer.Option(help="Text to measure on.")],
-    windows: Annotated[int, typer.Option(help="Of 2048 tokens, to measure on.")] = 10,
+    samples: Annotated[int, typer.Option(help="Windows of 1024 tokens to calibrate on.")] = 8,
+    windows: Annotated[int, typer.Option(help="Of 2048 tokens, to measure on.")] = 4,
     method: Annotated[
         list[str] | None, typer.Option(help=f"Some of {'; '.join(METHODS)}; repeatable.")
     ] = None,
@@ -169,12 +164,12 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the points.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them into this PNG.")] = None,
 ) -> None:
-    """Compare methods; all of them take about two hours on two cores."""
+    """Compare methods; all of them take about an hour on two cores."""
     chosen = {name: METHODS[name] for name in method or METHODS if name in METHODS}
     if unknown := set(method or ()) - {*METHODS}:
         raise typer.BadParameter(f"{min(unknown)!r} is unknown; see --help")
     work.mkdir(parents=True, exist_ok=True)
-    protocol, points = Protocol(calibration, text, windows), []
+    protocol, points = Protocol(calibration, samples, text, windows), []
     for name, ways in chosen.items():
         for point, how in ways.items():
             if only and point not in only:

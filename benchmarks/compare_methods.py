@@ -29,7 +29,8 @@ from matplotlib import pyplot as plt
 GROUP = 64  # weights that share a bf16 scale in scalar round-to-nearest
 SCALE_BITS = 16
 NEAREST = ("--calibration", "none")
-TRELLIS, COMPACT = ("2", "2.25", "3", "3.25", "4"), ("2", "3", "4")
+TRELLIS, SIGNED = ("2", "2.25", "3", "3.25", "4"), ("2", "3", "3.25", "4")
+COMPACT = ("2", "3", "4")
 # By method, its points: options of `pcdvq quantize`, or bits of scalar round-to-nearest.
 METHODS: dict[str, dict[str, tuple[str, ...] | int]] = {
     "trellis": {f"trellis-{bits}": ("--bits", bits) for bits in TRELLIS},
@@ -37,7 +38,7 @@ METHODS: dict[str, dict[str, tuple[str, ...] | int]] = {
         f"fisher-{bits}": ("--bits", bits, "--objective", "fisher") for bits in ("2", "3", "4")
     },
     "compact": {f"compact-{bits}": ("--bits", bits, "--codec", "compact") for bits in COMPACT},
-    "signed": {f"signed-{bits}": ("--bits", bits, "--codec", "signed") for bits in COMPACT},
+    "signed": {f"signed-{bits}": ("--bits", bits, "--codec", "signed") for bits in SIGNED},
     "e8": {f"e8-{bits}": ("--bits", bits, "--codec", "e8") for bits in ("2", "2.25")},
     "pvq": {f"pvq-{bits}": ("--bits", bits, "--codec", "pvq") for bits in ("2", "3.25", "4")},
     "vptq": {f"vptq-{bits}": ("--bits", bits, "--method", "vptq") for bits in ("2", "3")},

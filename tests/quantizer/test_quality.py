@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from models import smollm2_gguf
+from pcdvq_kernels.checkpoint import REPORT_FILE
 from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
@@ -31,9 +34,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """KL from the original on FORMAT.md, and the mean error of layers' outputs, where measured."""
+
+    kl: float
+    output_error: float
+
+
 @pytest.fixture(scope="module")
-def divergences(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """KL from the original on FORMAT.md, by how the layers were quantized."""
+def measured(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
+    """By how the layers were quantized."""
     directory = tmp_path_factory.mktemp("quality")
     text = directory / "text.txt"
     text.write_text(
@@ -47,7 +58,7 @@ def divergences(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         "calibrated": base,
         "signed": replace(base, codec="signed"),
     }
-    measured = {}
+    found = {}
     for name, options in variants.items():
         plan = make_plan(model, options)
         assert len(plan.selection.layers) == 4 * 7
@@ -62,13 +73,16 @@ def divergences(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
                 reference=model,
             ),
         )
-        measured[name] = report.kl.kl
-    return measured
+        errors = json.loads((directory / name / REPORT_FILE).read_text())["errors"].values()
+        outputs = [error["output"] for error in errors if error.get("output") is not None]
+        found[name] = Measured(report.kl.kl, fmean(outputs) if outputs else math.nan)
+    return found
 
 
-def test_calibration_pays(divergences: dict[str, float]) -> None:
-    assert divergences["calibrated"] < 0.5 * divergences["plain"]
+def test_calibration_pays(measured: dict[str, Measured]) -> None:
+    assert measured["calibrated"].kl < 0.5 * measured["plain"].kl
 
 
-def test_trellis_pays(divergences: dict[str, float]) -> None:
-    assert divergences["calibrated"] < 0.95 * divergences["signed"]
+def test_trellis_pays(measured: dict[str, Measured]) -> None:
+    """By errors: with so little text the KL depends on chance by as much as the codecs differ."""
+    assert measured["calibrated"].output_error < 0.93 * measured["signed"].output_error

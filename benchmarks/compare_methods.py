@@ -19,7 +19,7 @@ import typer
 from pcdvq_quantizer.inspection import inspect_checkpoint
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from smollm2 import load_smollm2, save_tokenizer
 
 from demo import PCDVQ, smollm2_gguf
 
@@ -104,13 +104,7 @@ def measure(
 
 def round_scalars(out: Path, bits: int) -> None:
     """Write the model with each run of `GROUP` weights rounded to `bits` and a scale."""
-    gguf = smollm2_gguf()
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
+    model = load_smollm2(torch.float32)
     top = 2 ** (bits - 1)
     for module in model.model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -119,7 +113,7 @@ def round_scalars(out: Path, bits: int) -> None:
             levels = (groups / scale).round().clamp(-top, top - 1)
             module.weight.data = (levels * scale).view_as(module.weight)
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    save_tokenizer(out)
 
 
 def print_points(points: list[Point]) -> None:

@@ -13,9 +13,8 @@ import torch
 from pcdvq_quantizer.plan import NONE, QuantizeOptions, plan_source
 from pcdvq_quantizer.sources import SafetensorsSource
 from pcdvq_quantizer.writer import save_codebooks
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
-
-from demo import smollm2_gguf
+from smollm2 import load_smollm2, save_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 SHAPES = {
     "llama-1b": LlamaConfig(
@@ -114,20 +113,13 @@ def prepare(model: str, system: System, name: str, work: Path) -> Served:
 
 def _write_base(model: str, base: Path) -> None:
     """bf16 weights of SmolLM2, or the configuration of a shape; with SmolLM2's tokenizer."""
-    gguf = smollm2_gguf()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if model == "smollm2":
-        AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        ).save_pretrained(base)
+        load_smollm2(torch.bfloat16).save_pretrained(base)
     else:
         config = SHAPES[model]
         config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
         config.save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    save_tokenizer(base)
 
 
 def _quantize(base: Path, out: Path, system: System) -> None:

@@ -21,8 +21,9 @@ from pcdvq_quantizer.vptq.plan import VPTQOptions
 from pcdvq_quantizer.vptq.rounding import Problem, column_costs
 from pcdvq_quantizer.vptq.stage import Storage, solve
 from rich.console import Console
+from smollm2 import load_smollm2, save_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from demo import PCDVQ, smollm2_gguf
 
@@ -31,14 +32,6 @@ from vptq_steps import DAMPING, Steps, published
 
 WINDOW = 1024  # tokens of calibration text
 console = Console(highlight=False, soft_wrap=True)
-
-
-def load() -> PreTrainedModel:
-    gguf = smollm2_gguf()
-    config = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=config, dtype=torch.float32
-    )
 
 
 @torch.no_grad()
@@ -78,9 +71,8 @@ def round_here(weight: Tensor, hessian: Tensor, bits: int) -> tuple[Tensor, Step
 
 def perplexity(model: PreTrainedModel, out: Path, text: Path, windows: int) -> float:
     """Of `model`, which is written to `out`."""
-    gguf = smollm2_gguf()
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    save_tokenizer(out)
     arguments = ["--text", text, "--windows", str(windows), "--json", "-"]
     done = subprocess.run([PCDVQ, "eval", out, *arguments], check=True, capture_output=True)
     return json.loads(done.stdout)["perplexity"]["perplexity"]
@@ -102,13 +94,13 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokens = tokenizer(calibration.read_text(), add_special_tokens=False).input_ids
     cuts = torch.tensor(tokens[: samples * WINDOW]).view(samples, WINDOW)
-    models = {"here": load(), "published": load()}
+    models = {which: load_smollm2(torch.float32) for which in ("here", "published")}
     names = [
         name
         for name, module in models["here"].named_modules()
         if isinstance(module, nn.Linear) and any(f"layers.{i}." in name for i in layer)
     ]
-    found = hessians(load(), names, list(cuts))
+    found = hessians(load_smollm2(torch.float32), names, list(cuts))
     for name in names:
         weight, hessian = models["here"].get_submodule(name).weight.data, found[name]
         rounded, steps = round_here(weight, hessian, bits)

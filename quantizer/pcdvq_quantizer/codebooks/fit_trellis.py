@@ -70,10 +70,7 @@ _TRELLIS_2 = Variant(
     id="trellis-2", vector_dim=8, parity=True, pattern_bits=8, rotation_bits=3, state_bits=3,
     clip=3.0,
 )  # fmt: skip
-_TRELLIS_3 = Variant(
-    id="trellis-3", vector_dim=4, parity=True, pattern_bits=8, rotation_bits=2, state_bits=3,
-    clip=3.4,
-)  # fmt: skip
+_TRELLIS_3 = replace(_TRELLIS_2, id="trellis-3", vector_dim=4, rotation_bits=2, clip=3.4)
 # As in `signed` at this rate, parity gains nothing. Four states keep the table at 16 KiB.
 _TRELLIS_4 = Variant(
     id="trellis-4", vector_dim=4, parity=False, pattern_bits=12, rotation_bits=2, state_bits=2,

@@ -51,6 +51,7 @@ class Layer:
     row_scale: Tensor
     signs_in: Tensor
     layout: Layout
+    layout_ints: list[int]
 
     def __call__(self, x: Tensor, index: int) -> Tensor:
         return torch.ops.pcdvq.linear(
@@ -60,7 +61,7 @@ class Layer:
             self.signs_in,
             self.codewords,
             None,
-            self.layout.to_ints(),
+            self.layout_ints,
         )
 
     def read(self, index: int) -> int:
@@ -102,6 +103,7 @@ def make_layer(codec: str, n: int, k: int, packed_bytes: int, activations: str) 
         row_scale=torch.rand(n) / 1024,
         signs_in=random_bytes(k // 8),
         layout=layout,
+        layout_ints=layout.to_ints(),
     )
 
 

@@ -20,6 +20,13 @@ PCDVQ_INLINE void add_dots(Wide& sum, Wide levels, Wide x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(levels), "v"(x));
 }
 
+// The same where x is the four columns at `x`, which every row has to be multiplied with.
+PCDVQ_INLINE void add_dots(Wide& sum, Wide levels, const int8_t* x) {
+  using Four = int32_t __attribute__((may_alias));
+  const Four& four = *reinterpret_cast<const Four*>(x);
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(levels), "m"(four));
+}
+
 // acc += scale * sum, of one block.
 PCDVQ_INLINE void add_scaled(Wide sum, float scale, float* acc) {
   const __m512 scaled = _mm512_set1_ps(scale);
@@ -81,9 +88,9 @@ class BlockSums {
   }
 
   PCDVQ_INLINE void operator()(int s, int turn, Wide levels) {
-    const int8_t* x = x_.levels + block_ * kScaleColumns + 4 * s;
+    const int8_t* x = x_.levels + block_ * ROWS * kScaleColumns + 4 * s;
     for (int i = 0; i < ROWS; ++i) {
-      add_dots(sums_[i][turn % kTurns], levels, four_columns(x + i * x_.stride));
+      add_dots(sums_[i][turn % kTurns], levels, x + i * kScaleColumns);
     }
   }
 
@@ -158,7 +165,7 @@ void quantize_blocks(float* x, int64_t columns, int64_t order_dim, const BlockRo
   for (int64_t b = 0; b * kScaleColumns < columns; ++b) {
     int16_t integers[kScaleColumns];
     out.scales[b] = quantize_scale(x + b * kScaleColumns, 127.0f, integers);
-    int8_t* levels = out.levels + b * kScaleColumns;
+    int8_t* levels = out.levels + b * out.block_stride;
     int32_t sum = 0;
     for (int64_t i = 0; i < kScaleColumns; ++i) sum += integers[i];
     out.corrections[b] = -128 * sum;

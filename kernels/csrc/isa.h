@@ -44,19 +44,20 @@ using BlocksFn = void (*)(const Weights&, int64_t row, int64_t rows, int64_t fir
 
 // Rows of int8 activations for blocks, in the order of steps.
 struct BlockRows {
-  int8_t* levels;        // [rows, stride]
+  int8_t* levels;        // of a row and a block kScaleColumns, row * stride + block * block_stride on
   float* scales;         // [rows, scale_stride], one for each block
   int32_t* corrections;  // likewise: -128 times the sum of a block's levels
-  int64_t stride, scale_stride;
+  int64_t stride, block_stride, scale_stride;
 
   BlockRows from(int64_t row, int64_t block) const {
     const int64_t at = row * scale_stride + block;
-    return {levels + row * stride + block * kScaleColumns, scales + at, corrections + at, stride,
-            scale_stride};
+    return {levels + row * stride + block * block_stride, scales + at, corrections + at, stride,
+            block_stride, scale_stride};
   }
 };
 
-// acc [x_rows, kBlockRows] += x times weight rows [row, row + rows), at most kBlockRows.
+// acc [x_rows, kBlockRows] += x times weight rows [row, row + rows), at most kBlockRows. The levels of
+// the rows of x are [blocks, x_rows, kScaleColumns].
 using BlockDotFn = void (*)(const Weights&, int64_t row, int64_t rows, const BlockRows& x,
                             float* acc);
 

@@ -17,9 +17,7 @@ struct Blocks {
   const int64_t rows;    // of activations that share a decode
   const int few;         // which dot of the decoder takes the rows, or kMany
   const int64_t copies;  // of the prepared activations
-  // An odd number of blocks, or rows of activations would share sets of the first-level cache.
-  const int64_t stride;
-  Buffer<int8_t> levels;        // [copies, padded rows, stride]
+  Buffer<int8_t> levels;        // [copies, padded rows, row_columns()]
   Buffer<float> scales;         // [copies, padded rows, blocks]
   Buffer<int32_t> corrections;  // likewise
 
@@ -47,8 +45,7 @@ struct Blocks {
         rows(std::min(p.m, kSharingRows)),
         few(p.m == 1 ? 0 : p.m <= 4 ? 1 : p.m <= 8 ? 2 : kMany),
         copies(p.m == 1 ? threads : 1),
-        stride(kScaleColumns * (blocks | 1)),
-        levels(allocate<int8_t>(copies * padded_rows() * stride)),
+        levels(allocate<int8_t>(copies * padded_rows() * row_columns())),
         scales(allocate<float>(copies * padded_rows() * blocks)),
         corrections(allocate<int32_t>(copies * padded_rows() * blocks)) {}
 
@@ -60,8 +57,17 @@ struct Blocks {
 
   int64_t padded_rows() const { return few == kMany ? rows : few == 0 ? 1 : 4 * few; }
 
+  // An odd number of blocks, or rows of activations would share sets of the first-level cache.
+  int64_t row_columns() const { return kScaleColumns * (blocks | 1); }
+
   BlockRows activations() const {
-    return {levels.get(), scales.get(), corrections.get(), stride, blocks};
+    const bool mixed = few == 1 || few == 2;  // the rows of a block follow each other
+    return {levels.get(),
+            scales.get(),
+            corrections.get(),
+            mixed ? kScaleColumns : row_columns(),
+            mixed ? padded_rows() * kScaleColumns : kScaleColumns,
+            blocks};
   }
 
   // Run `run` of activation row m into row `row`.
@@ -155,8 +161,9 @@ struct Blocks {
       if (few == kMany) std::memset(scratch[i].levels, 0, sizeof(scratch[i].levels));
     }
     // Padding rows are multiplied, and nobody reads the products.
-    std::fill(levels.get() + rows * copies * stride, levels.get() + padded_rows() * copies * stride,
-              int8_t(0));
+    if (rows < padded_rows()) {
+      std::fill(levels.get(), levels.get() + padded_rows() * row_columns(), int8_t(0));
+    }
     std::fill(scales.get() + rows * copies * blocks,
               scales.get() + padded_rows() * copies * blocks, 0.0f);
     std::fill(corrections.get() + rows * copies * blocks,

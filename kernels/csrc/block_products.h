@@ -150,29 +150,53 @@ void dot_other(const Weights& w, int64_t row, int64_t rows, const BlockRows& x, 
   }
 }
 
-// In the order of steps, of which each has coordinate j of four codes of DIM columns.
-template <int DIM>
-void order_levels(const int16_t* integers, int8_t* levels) {
-  for (int64_t i = 0; i < kScaleColumns; i += 4 * DIM) {
-    for (int64_t j = 0; j < 4 * DIM; ++j) {
-      levels[i + j] = int8_t(integers[i + (j % 4) * DIM + j / 4]);
-    }
+struct ByteLanes {
+  uint8_t lane[64];
+};
+
+// Which column comes in each place of the order of steps, of which each has coordinate j of four codes
+// of `dim` columns.
+constexpr ByteLanes make_order(int dim) {
+  ByteLanes order = {};
+  for (int i = 0; i < kScaleColumns; i += 4 * dim) {
+    for (int j = 0; j < 4 * dim; ++j) order.lane[i + j] = uint8_t(i + j % 4 * dim + j / 4);
   }
+  return order;
+}
+
+// quantize_scale (quantize.h) of a block, whose integers take the order of `order`.
+PCDVQ_INLINE void quantize_block(const float* x, Wide order, int8_t* levels, float* scale,
+                                 int32_t* correction) {
+  __m512 v[4];
+  Wide largest = _mm512_setzero_si512();
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_loadu_ps(x + 16 * i);
+    largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(v[i])));
+  }
+  const float highest = bits_to_float(_mm512_reduce_max_epu32(largest));
+  const float inverse = highest < 1e-30f ? 0.0f : 127.0f / highest;
+  const __m512 factor = _mm512_set1_ps(inverse), round = _mm512_set1_ps(kRound);
+  __m128i bytes[4];
+  for (int i = 0; i < 4; ++i) {  // the integers are in the low bits
+    const __m512 rounded = _mm512_add_ps(_mm512_mul_ps(v[i], factor), round);
+    bytes[i] = _mm512_cvtepi32_epi8(_mm512_castps_si512(rounded));
+  }
+  const Wide all = join(_mm256_set_m128i(bytes[1], bytes[0]), _mm256_set_m128i(bytes[3], bytes[2]));
+  _mm512_storeu_si512(levels, _mm512_permutexvar_epi8(order, all));
+  const Wide sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), all);
+  *correction = -128 * _mm512_reduce_add_epi32(sums);
+  *scale = highest / 127.0f;
 }
 
 void quantize_blocks(float* x, int64_t columns, int64_t order_dim, const BlockRows& out) {
+  alignas(64) static constexpr ByteLanes kOrders[] = {make_order(1), make_order(2), make_order(4),
+                                                      make_order(8)};
   for (; columns % kScaleColumns; ++columns) x[columns] = 0.0f;
+  const int place = order_dim == 8 ? 3 : order_dim == 4 ? 2 : order_dim == 2 ? 1 : 0;
+  const Wide order = load_wide(kOrders[place].lane);
   for (int64_t b = 0; b * kScaleColumns < columns; ++b) {
-    int16_t integers[kScaleColumns];
-    out.scales[b] = quantize_scale(x + b * kScaleColumns, 127.0f, integers);
-    int8_t* levels = out.levels + b * out.block_stride;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < kScaleColumns; ++i) sum += integers[i];
-    out.corrections[b] = -128 * sum;
-    if (order_dim == 8) order_levels<8>(integers, levels);
-    if (order_dim == 4) order_levels<4>(integers, levels);
-    if (order_dim == 2) order_levels<2>(integers, levels);
-    if (order_dim == 0) order_levels<1>(integers, levels);
+    quantize_block(x + b * kScaleColumns, order, out.levels + b * out.block_stride, out.scales + b,
+                   out.corrections + b);
   }
 }
 

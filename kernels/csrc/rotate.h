@@ -16,6 +16,30 @@ inline Vec8 butterfly_lanes(Vec8 v, int64_t block) {
   return v;
 }
 
+// The butterflies between R vectors `half` floats apart: log2(R) levels in one pass over memory.
+template <int R>
+inline void butterfly_vectors(float* x, int64_t columns, int64_t half) {
+  for (int64_t base = 0; base < columns; base += R * half) {
+    for (int64_t i = base; i < base + half; i += 8) {
+      Vec8 v[R];
+#pragma GCC unroll 8
+      for (int j = 0; j < R; ++j) v[j] = Vec8::load(x + i + j * half);
+#pragma GCC unroll 3
+      for (int d = 1; d < R; d *= 2) {
+#pragma GCC unroll 8
+        for (int j = 0; j < R; ++j) {
+          if (j & d) continue;
+          const Vec8 low = v[j], high = v[j + d];
+          v[j] = low + high;
+          v[j + d] = low - high;
+        }
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < R; ++j) v[j].store(x + i + j * half);
+    }
+  }
+}
+
 void rotate(const void* x, int32_t dtype, const uint8_t* signs, int64_t columns, int64_t block,
             float* out) {
   double root = 1.0;  // block^0.5
@@ -25,15 +49,10 @@ void rotate(const void* x, int32_t dtype, const uint8_t* signs, int64_t columns,
     const Vec8 v = Vec8::load_converted(x, dtype, i).negate(signs[i / 8]);
     (butterfly_lanes(v, block) * scale).store(out + i);
   }
-  for (int64_t half = 8; half < block; half *= 2) {
-    for (int64_t base = 0; base < columns; base += 2 * half) {
-      for (int64_t i = base; i < base + half; i += 8) {
-        const Vec8 low = Vec8::load(out + i), high = Vec8::load(out + i + half);
-        (low + high).store(out + i);
-        (low - high).store(out + i + half);
-      }
-    }
-  }
+  int64_t half = 8;
+  for (; 8 * half <= block; half *= 8) butterfly_vectors<8>(out, columns, half);
+  if (4 * half == block) butterfly_vectors<4>(out, columns, half);
+  if (2 * half == block) butterfly_vectors<2>(out, columns, half);
 }
 
 }  // namespace

@@ -37,28 +37,41 @@ PCDVQ_INLINE Wide four_columns(const int8_t* x) { return _mm512_set1_epi32(load_
 
 template <int ROWS>
 PCDVQ_INLINE void block_tile(const BlockTiles& t, int64_t row) {
-  constexpr int kStrips = kPanelStrips;
+  constexpr int kStrips = 2;  // of which sums and integers fit into registers
   const BlockRows x = t.x.from(row, 0);
-  float* acc = t.acc + row * kStrips * kBlockRows;
-  const uint8_t* levels = t.levels;
-  for (int64_t b = 0; b < t.blocks; ++b) {
-    Wide sum[ROWS][kStrips];
+  for (int first = 0; first < kPanelStrips; first += kStrips) {
+    float* acc = t.acc + (row * kPanelStrips + first) * kBlockRows;
+    const uint8_t* levels = t.levels + first * kStepBytes;
+    __m512 total[ROWS][kStrips];
     for (int i = 0; i < ROWS; ++i) {
-      for (Wide& start : sum[i]) start = _mm512_set1_epi32(x.corrections[i * x.scale_stride + b]);
+      for (int j = 0; j < kStrips; ++j) {
+        total[i][j] = _mm512_loadu_ps(acc + (i * kPanelStrips + j) * kBlockRows);
+      }
     }
-#pragma GCC unroll 4
-    for (int s = 0; s < kBlockSteps; ++s, levels += kStrips * kStepBytes) {
-      Wide w[kStrips];
-      for (int j = 0; j < kStrips; ++j) w[j] = _mm512_load_si512(levels + j * kStepBytes);
+    for (int64_t b = 0; b < t.blocks; ++b) {
+      Wide sum[ROWS][kStrips];
       for (int i = 0; i < ROWS; ++i) {
-        const Wide four = four_columns(x.levels + i * x.stride + b * kScaleColumns + 4 * s);
-        for (int j = 0; j < kStrips; ++j) add_dots(sum[i][j], w[j], four);
+        for (Wide& start : sum[i]) start = _mm512_set1_epi32(x.corrections[i * x.scale_stride + b]);
+      }
+#pragma GCC unroll 4
+      for (int s = 0; s < kBlockSteps; ++s, levels += kPanelStrips * kStepBytes) {
+        Wide w[kStrips];
+        for (int j = 0; j < kStrips; ++j) w[j] = _mm512_load_si512(levels + j * kStepBytes);
+        for (int i = 0; i < ROWS; ++i) {
+          const Wide four = four_columns(x.levels + i * x.stride + b * kScaleColumns + 4 * s);
+          for (int j = 0; j < kStrips; ++j) add_dots(sum[i][j], w[j], four);
+        }
+      }
+      for (int i = 0; i < ROWS; ++i) {
+        const __m512 scale = _mm512_set1_ps(x.scales[i * x.scale_stride + b]);
+        for (int j = 0; j < kStrips; ++j) {
+          total[i][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][j]), scale, total[i][j]);
+        }
       }
     }
     for (int i = 0; i < ROWS; ++i) {
-      const float scale = x.scales[i * x.scale_stride + b];
       for (int j = 0; j < kStrips; ++j) {
-        add_scaled(sum[i][j], scale, acc + (i * kStrips + j) * kBlockRows);
+        _mm512_storeu_ps(acc + (i * kPanelStrips + j) * kBlockRows, total[i][j]);
       }
     }
   }

@@ -37,7 +37,7 @@ PCDVQ_INLINE Wide four_columns(const int8_t* x) { return _mm512_set1_epi32(load_
 
 template <int ROWS>
 PCDVQ_INLINE void block_tile(const BlockTiles& t, int64_t row) {
-  constexpr int kStrips = 2;  // of which sums and integers fit into registers
+  constexpr int kStrips = 2;  // their sums fit into registers, as integers and as floats
   const BlockRows x = t.x.from(row, 0);
   for (int first = 0; first < kPanelStrips; first += kStrips) {
     float* acc = t.acc + (row * kPanelStrips + first) * kBlockRows;

@@ -244,7 +244,8 @@ void finish_blocks(const float* acc, const float* row_scale, const float* bias, 
 template <class L, bool PACKED>
 BlockDecoder block_decoder(void (*expand)(const int8_t*, int8_t*), int64_t order_dim = 0) {
   return {decode_blocks<L, PACKED>,
-          {dot_blocks<L, PACKED, 1>, dot_blocks<L, PACKED, 4>, dot_blocks<L, PACKED, 8>},
+          {dot_blocks<L, PACKED, 1>, dot_blocks<L, PACKED, 2>, dot_blocks<L, PACKED, 4>,
+           dot_blocks<L, PACKED, 6>, dot_blocks<L, PACKED, 8>},
           expand,
           L::kCodewordBytes,
           PACKED ? pack_strip<L> : nullptr,
@@ -316,8 +317,8 @@ BlockDecoder find_block_decoder(const PcdvqLayout& layout, bool packed) {
   if (packed) {
     find_blocks<true>(layout, &decoder);
   } else if (!find_blocks<false>(layout, &decoder)) {
-    decoder.decode = decode_other;
-    decoder.dot[0] = dot_other<1>, decoder.dot[1] = dot_other<4>, decoder.dot[2] = dot_other<8>;
+    decoder = {decode_other,
+               {dot_other<1>, dot_other<2>, dot_other<4>, dot_other<6>, dot_other<8>}};
     decoder.expand = find_decoder(layout).expand;
     const int64_t base_bits = layout.pattern_bits - layout.rotation_bits + layout.magnitude_bits;
     if (decoder.expand) {

@@ -99,9 +99,13 @@ struct Decoder {
   void (*expand)(const int8_t* codewords, int8_t* table);
 };
 
+// Rows of activations that are multiplied with blocks while those are decoded.
+constexpr int kFewRows[] = {1, 2, 4, 6, 8};
+constexpr int kFewKinds = sizeof(kFewRows) / sizeof(kFewRows[0]);
+
 struct BlockDecoder {
   BlocksFn decode;
-  BlockDotFn dot[3];                                       // for 1, 4 and 8 rows of x
+  BlockDotFn dot[kFewKinds];                               // for so many rows of x each
   void (*expand)(const int8_t* codewords, int8_t* table);  // as above
   int64_t codeword_bytes;                                  // that `expand` reads
 

@@ -21,7 +21,7 @@ struct Blocks {
   Buffer<float> scales;         // [copies, padded rows, blocks]
   Buffer<int32_t> corrections;  // likewise
 
-  static constexpr int kMany = 3;
+  static constexpr int kMany = kFewKinds;
   // Blocks decoded at a time: with those of kPanelStrips strips they take half of a 32 KiB cache.
   static constexpr int64_t kChunk = 4;
   static constexpr int64_t kPanelOutputs = kPanelStrips * kBlockRows;
@@ -43,7 +43,7 @@ struct Blocks {
         blocks((p.k + kScaleColumns - 1) / kScaleColumns),
         strips((p.n + kBlockRows - 1) / kBlockRows),
         rows(std::min(p.m, kSharingRows)),
-        few(p.m == 1 ? 0 : p.m <= 4 ? 1 : p.m <= 8 ? 2 : kMany),
+        few(int(std::lower_bound(kFewRows, kFewRows + kFewKinds, p.m) - kFewRows)),
         copies(p.m == 1 ? threads : 1),
         levels(allocate<int8_t>(copies * padded_rows() * row_columns())),
         scales(allocate<float>(copies * padded_rows() * blocks)),
@@ -55,13 +55,13 @@ struct Blocks {
            kernels.blocks->decoder(p.layout, true).decode;
   }
 
-  int64_t padded_rows() const { return few == kMany ? rows : few == 0 ? 1 : 4 * few; }
+  int64_t padded_rows() const { return few == kMany ? rows : kFewRows[few]; }
 
   // An odd number of blocks, or rows of activations would share sets of the first-level cache.
   int64_t row_columns() const { return kScaleColumns * (blocks | 1); }
 
   BlockRows activations() const {
-    const bool mixed = few == 1 || few == 2;  // the rows of a block follow each other
+    const bool mixed = 0 < few && few < kMany;  // the rows of a block follow each other
     return {levels.get(),
             scales.get(),
             corrections.get(),

@@ -118,7 +118,7 @@ class BlockSums {
 
  private:
   static constexpr int kTurns = ROWS == 1 ? 2 : 1;  // so that a product need not wait for the last
-  const BlockRows& x_;
+  const BlockRows x_;  // a copy: stores of sums might change another
   const int64_t block_;
   Wide sums_[ROWS][kTurns];
 };
@@ -140,6 +140,8 @@ void dot_blocks(const Weights& w, int64_t row, int64_t rows, const BlockRows& x,
       } else {  // the hardware does not follow as many rows
         for (int r = 0; r < kBlockRows; ++r) __builtin_prefetch(codes + below + r * stride);
       }
+      // Or gcc would keep the sums in `acc` a second time, on the stack.
+      __asm__ volatile("" : : : "memory");
       BlockSums<ROWS> sums(x, b);
       L::decode(w.table, codes, stride, sums);
       sums.add_to(acc);

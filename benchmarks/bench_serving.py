@@ -37,7 +37,8 @@ PASSAGE = (
     "The quick brown fox jumps over the lazy dog. Paris is the capital of France, and the Seine "
     "runs through it. Water boils at one hundred degrees."
 )
-TOLERANCE = 0.01  # of the nats per token, bf16 against fp32
+# Of the nats per token, bf16 against fp32; 2 bits without calibration make much of bf16.
+TOLERANCE = 0.03
 console = Console(highlight=False, soft_wrap=True)
 
 

@@ -27,10 +27,9 @@ PCDVQ_INLINE void add_dots(Wide& sum, Wide levels, const int8_t* x) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(levels), "m"(four));
 }
 
-// acc += scale * sum, of one block.
-PCDVQ_INLINE void add_scaled(Wide sum, float scale, float* acc) {
-  const __m512 scaled = _mm512_set1_ps(scale);
-  _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scaled, _mm512_loadu_ps(acc)));
+// total + scale * sum, of one block.
+PCDVQ_INLINE __m512 add_scaled(Wide sum, float scale, __m512 total) {
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale), total);
 }
 
 PCDVQ_INLINE Wide four_columns(const int8_t* x) { return _mm512_set1_epi32(load_as<int32_t>(x)); }
@@ -63,10 +62,8 @@ PCDVQ_INLINE void block_tile(const BlockTiles& t, int64_t row) {
         }
       }
       for (int i = 0; i < ROWS; ++i) {
-        const __m512 scale = _mm512_set1_ps(x.scales[i * x.scale_stride + b]);
-        for (int j = 0; j < kStrips; ++j) {
-          total[i][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i][j]), scale, total[i][j]);
-        }
+        const float scale = x.scales[i * x.scale_stride + b];
+        for (int j = 0; j < kStrips; ++j) total[i][j] = add_scaled(sum[i][j], scale, total[i][j]);
       }
     }
     for (int i = 0; i < ROWS; ++i) {
@@ -112,7 +109,9 @@ class BlockSums {
     for (int i = 0; i < ROWS; ++i) {
       Wide sum = sums_[i][0];
       for (int t = 1; t < kTurns; ++t) sum = _mm512_add_epi32(sum, sums_[i][t]);
-      add_scaled(sum, x_.scales[i * x_.scale_stride + block_], acc + i * kBlockRows);
+      const float scale = x_.scales[i * x_.scale_stride + block_];
+      float* to = acc + i * kBlockRows;
+      _mm512_storeu_ps(to, add_scaled(sum, scale, _mm512_loadu_ps(to)));
     }
   }
 

@@ -47,7 +47,7 @@ class Layer:
     codebook: Codebook
     codewords: Tensor
     codes: Tensor  # uint8 [N, row_bytes], those of the first copy
-    qweights: Tensor  # [copies, ...], as the operator takes them
+    qweights: list[Tensor]  # of each copy, as the operator takes them
     row_scale: Tensor
     signs_in: Tensor
     layout: Layout
@@ -99,7 +99,7 @@ def make_layer(codec: str, n: int, k: int, packed_bytes: int, activations: str) 
         codebook=codebook,
         codewords=codewords,
         codes=codes[0],
-        qweights=torch.stack([prepack_weight(q, codewords, layout, k) for q in codes]),
+        qweights=[prepack_weight(q, codewords, layout, k) for q in codes],
         row_scale=torch.rand(n) / 1024,
         signs_in=random_bytes(k // 8),
         layout=layout,

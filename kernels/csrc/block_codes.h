@@ -63,9 +63,10 @@ template <class L, bool PACKED>
 void decode_blocks(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t blocks,
                    int64_t step, uint8_t* out) {
   BlockCodes<L, PACKED> strip = {w, row, rows, {}};
+  const typename L::Tables tables(w.table);
   for (int64_t b = first; b < first + blocks; ++b, out += kBlockSteps * step) {
     strip.visit(b, [&](const uint8_t* codes, int64_t stride) __attribute__((always_inline)) {
-      L::decode(w.table, codes, stride, Store{out, step});
+      L::decode(tables, codes, stride, Store{out, step});
     });
   }
 }

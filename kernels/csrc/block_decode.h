@@ -188,6 +188,7 @@ struct LookupBlocks {
 
   static constexpr int kPieces = 8 / DIM;
   static constexpr int kBlockBytes = kPieces * P::kBytes;
+  using Tables = const int8_t*;
   static constexpr int kReadBytes = kBlockBytes - P::kBytes + P::kReadBytes;
 
   static constexpr auto pack = pack_rows<kBlockBytes>;
@@ -289,6 +290,7 @@ struct LookupBlocks {
 struct RowBlocks {
   using P = Piece<16, 0>;
   static constexpr int kBlockBytes = P::kBytes;
+  using Tables = const int8_t*;
   static constexpr int kReadBytes = P::kReadBytes;
   static constexpr int kCodewordBytes = 0;
   static constexpr auto pack = pack_rows<kBlockBytes>;
@@ -326,6 +328,7 @@ PCDVQ_INLINE void give_levels(const uint8_t* rows, int64_t stride, At at, Sink&&
 
 // Codes that are the levels, but for -128.
 struct Int8Blocks {
+  using Tables = const int8_t*;
   static constexpr int kBlockBytes = kScaleColumns, kReadBytes = kScaleColumns;
   static constexpr int kCodewordBytes = 0;
   static constexpr auto pack = pack_rows<kBlockBytes>;

@@ -12,6 +12,7 @@ namespace {
 struct NibbleBlocks {
   using Planes = PlaneBlocks<8, 0>;
   static constexpr int kBlockBytes = Planes::kBlockBytes;
+  using Tables = const int8_t*;
   static constexpr int kReadBytes = Planes::kReadBytes;
   static constexpr int kCodewordBytes = Planes::kCodewordBytes;
   static constexpr auto pack = Planes::pack;

@@ -15,6 +15,7 @@ template <int DIM, int STATES>
 struct PlaneBlocks {
   static constexpr int kVectors = 16 / DIM;
   static constexpr int kBlockBytes = (8 + DIM) * 8 / DIM;  // of a row
+  using Tables = const int8_t*;
   static constexpr int kReadBytes = kBlockBytes;
   static constexpr int kRotationBits = STATES ? log2_of(DIM) : 0;
   static constexpr int kBaseBits = 8 - kRotationBits;

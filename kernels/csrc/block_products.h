@@ -8,8 +8,8 @@
 #pragma once
 
 #include "block_codes.h"
-#include "block_compact.h"
 #include "block_nibbles.h"
+#include "block_windows.h"
 #include "quantize.h"
 
 namespace pcdvq {
@@ -129,6 +129,7 @@ template <class L, bool PACKED, int ROWS>
 void dot_blocks(const Weights& w, int64_t row, int64_t rows, const BlockRows& x, float* acc) {
   BlockCodes<L, PACKED> strip = {w, row, rows, {}};
   const int64_t below = kBlockRows * w.row_bytes;
+  const typename L::Tables tables(w.table);
   for (int64_t b = 0; b * kScaleColumns < w.k; ++b) {
     strip.visit(b, [&](const uint8_t* codes, int64_t stride) __attribute__((always_inline)) {
       // Addresses past the weights are harmless.
@@ -142,7 +143,7 @@ void dot_blocks(const Weights& w, int64_t row, int64_t rows, const BlockRows& x,
       // Or gcc would keep the sums in `acc` a second time, on the stack.
       __asm__ volatile("" : : : "memory");
       BlockSums<ROWS> sums(x, b);
-      L::decode(w.table, codes, stride, sums);
+      L::decode(tables, codes, stride, sums);
       sums.add_to(acc);
     });
   }
@@ -273,19 +274,16 @@ bool match_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
   return true;
 }
 
-template <bool PACKED>
-bool find_compact(const PcdvqLayout& layout, BlockDecoder* decoder) {
-  if (is_compact(layout, 4, 4, 2)) {
-    using L = CompactBlocks<4, PACKED>;
-    *decoder = block_decoder<L, PACKED>(L::expand, 4);
-  } else if (is_compact(layout, 2, 6, 2)) {
-    using L = CompactBlocks<2, PACKED>;
-    *decoder = block_decoder<L, PACKED>(L::expand, 2);
-  } else if (PACKED && is_compact(layout, 2, 4, 3)) {
-    *decoder = block_decoder<CompactBlocks6, PACKED>(CompactBlocks6::expand, 2);
-  } else {
-    return false;
-  }
+bool find_windows(const PcdvqLayout& layout, BlockDecoder* decoder) {
+  if (!is_windows(layout)) return false;
+  const auto use = [decoder](auto l) {
+    using L = decltype(l);
+    *decoder = block_decoder<L, true>(L::expand, kWindowDim);
+  };
+  const int extra = extra_bits(layout.pattern_bits);
+  if (extra == 0) use(WindowBlocks<0>());
+  if (extra == 1) use(WindowBlocks<1>());
+  if (extra == 2) use(WindowBlocks<2>());
   return true;
 }
 
@@ -301,7 +299,7 @@ bool find_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
       match_blocks<4, 16, false, 2, PACKED>(layout, decoder)) {
     return true;
   }
-  if (find_compact<PACKED>(layout, decoder)) return true;
+  if (PACKED && find_windows(layout, decoder)) return true;
   if (is_direct<8, 16>(layout) && !layout.pyramid_rows) {
     *decoder = block_decoder<RowBlocks, PACKED>(nullptr);
     return true;
@@ -322,7 +320,9 @@ BlockDecoder find_block_decoder(const PcdvqLayout& layout, bool packed) {
                {dot_other<1>, dot_other<2>, dot_other<4>, dot_other<6>, dot_other<8>}};
     decoder.expand = find_decoder(layout).expand;
     const int64_t base_bits = layout.pattern_bits - layout.rotation_bits + layout.magnitude_bits;
-    if (decoder.expand) {
+    if (is_windows(layout)) {
+      decoder.codeword_bytes = kWindowDim * kWindowRows;
+    } else if (decoder.expand) {
       decoder.codeword_bytes = layout.vector_dim << (base_bits + layout.state_bits + layout.parity);
     }
   }

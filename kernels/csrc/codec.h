@@ -8,6 +8,7 @@
 #include "numeric.h"
 #include "pyramid.h"
 #include "sign_masks.h"
+#include "windows.h"
 
 namespace pcdvq {
 namespace {
@@ -159,6 +160,7 @@ Decoder generic_decoder(const PcdvqLayout& layout) {
 Decoder find_decoder(const PcdvqLayout& layout) {
   Decoder decoder;
   if (find_offered(layout, &decoder)) return decoder;
+  if (is_windows(layout)) return {decode<WindowCodec>, nullptr, nullptr, nullptr};
   if (layout.pyramid_rows) return {decode<PyramidCodec>, nullptr, nullptr, nullptr};
   return layout.vector_dim == 8   ? generic_decoder<8>(layout)
          : layout.vector_dim == 4 ? generic_decoder<4>(layout)

@@ -2,9 +2,9 @@
 // Included once per instruction set, after its `Words`.
 #pragma once
 
-#include "compact.h"
 #include "direct.h"
 #include "pyramid_avx2.h"
+#include "windows_avx2.h"
 
 namespace pcdvq {
 namespace {
@@ -205,7 +205,7 @@ bool is_lookup(const PcdvqLayout& layout) {
 
 template <int DIM, int CODE_BITS>
 bool is_direct(const PcdvqLayout& layout) {
-  return layout.vector_dim == DIM && !layout.sign_bits &&
+  return layout.vector_dim == DIM && !layout.sign_bits && !layout.state_bits &&
          layout.pattern_bits + layout.magnitude_bits == CODE_BITS;
 }
 
@@ -232,10 +232,10 @@ bool match_direct(const PcdvqLayout& layout, Decoder* decoder) {
   return same;
 }
 
-template <int DIM, int CODE_BITS, int STATES>
-bool match_compact(const PcdvqLayout& layout, Decoder* decoder) {
-  using L = Compact<DIM, CODE_BITS, DIM == 4, STATES>;
-  const bool same = is_compact(layout, DIM, CODE_BITS - DIM, STATES);
+template <int EXTRA>
+bool match_windows(const PcdvqLayout& layout, Decoder* decoder) {
+  using L = Windows<EXTRA>;
+  const bool same = is_windows(layout) && extra_bits(layout.pattern_bits) == EXTRA;
   if (same) *decoder = {decode_units<L>, nullptr, dots<L>, L::expand};
   return same;
 }
@@ -253,8 +253,8 @@ bool find_offered(const PcdvqLayout& layout, Decoder* decoder) {
          match_lookup<8, 18, true, 3>(layout, decoder) ||
          match_lookup<4, 12, true, 3>(layout, decoder) ||
          match_lookup<4, 16, false, 2>(layout, decoder) ||
-         match_compact<4, 8, 2>(layout, decoder) || match_compact<2, 6, 3>(layout, decoder) ||
-         match_compact<2, 8, 2>(layout, decoder) ||
+         match_windows<0>(layout, decoder) || match_windows<1>(layout, decoder) ||
+         match_windows<2>(layout, decoder) ||
          match_direct<8, 16, Rows8<16>>(layout, decoder) ||
          match_direct<8, 18, Rows8<18>>(layout, decoder) ||
          match_direct<1, 8, Int8>(layout, decoder);

@@ -210,6 +210,9 @@ struct Kernels {
   // group i % groups of segment i / groups.
   void (*trellis)(const PcdvqTrellis& problem, int64_t first, int64_t count);
 
+  // Codes of codec `compact` of chains [first, first + count), at most `lanes` of them.
+  void (*windows)(const PcdvqWindows& problem, int64_t first, int64_t count);
+
   void (*vptq)(const VptqStrip& strip);
 
   // Int8 activations by blocks; null where panels are used for them too.

@@ -8,13 +8,15 @@
 #include "tile.h"
 #include "trellis.h"
 #include "vptq.h"
+#include "window_search.h"
 
 namespace pcdvq {
 namespace {
 
 const Kernels kKernels = {
     Vec::kLanes, find_decoder, rotate, order_floats, quantize_int8, quantize_int16, to_floats,
-    to_int16, accumulate, accumulate_int, reduce, reduce_int, nearest, trellis, vptq, kBlocks,
+    to_int16, accumulate, accumulate_int, reduce, reduce_int, nearest, trellis, window_search,
+    vptq, kBlocks,
 };
 
 }  // namespace

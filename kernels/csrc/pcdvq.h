@@ -119,6 +119,15 @@ struct PcdvqTrellis {
   int32_t dim, parity, field_bits, state_bits, threads, isa;  // dim: 2, 4 or 8
 };
 
+struct PcdvqWindows {
+  const float* x;           // [rows, groups, 4]
+  const float* row_weight;  // [rows]
+  const float* table;       // [128, 4]
+  int32_t* out;             // [rows, groups]
+  int64_t rows, groups;
+  int32_t code_bits, threads, isa;  // code_bits: 8, 12 or 16
+};
+
 // What follows from a layout for layers of k columns.
 struct PcdvqLinearShape {
   PcdvqLayout layout;
@@ -180,7 +189,7 @@ struct PcdvqVptq {
 
 // Bytes of each problem's struct above, from PcdvqLinear on: a caller made for another version of this
 // interface must not call it.
-PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[8]);
+PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[9]);
 
 // The best PcdvqIsa of this CPU.
 PCDVQ_API int32_t pcdvq_best_isa();
@@ -207,6 +216,9 @@ PCDVQ_API int32_t pcdvq_nearest(const PcdvqNearest* problem);
 
 // Codes of the trellis codec that minimise the weighted squared error of each segment's paths.
 PCDVQ_API int32_t pcdvq_trellis(const PcdvqTrellis* problem);
+
+// The same of codec `compact`.
+PCDVQ_API int32_t pcdvq_windows(const PcdvqWindows* problem);
 
 // Makes pcdvq_linear torch's `pcdvq::linear` for CPU tensors; the operator must be defined. Calls
 // that do not fit a shape accepted before go through `in_python`. Returns 0 for success.

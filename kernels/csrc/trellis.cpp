@@ -1,4 +1,4 @@
-// Driver of pcdvq_trellis.
+// Drivers of pcdvq_trellis and pcdvq_windows.
 #include <algorithm>
 
 #include "isa.h"
@@ -16,6 +16,18 @@ int32_t pcdvq_trellis(const PcdvqTrellis* problem) {
 #pragma omp parallel for schedule(dynamic) num_threads(problem->threads)
   for (int64_t i = 0; i < units; ++i) {
     kernels->trellis(*problem, i * unit, std::min(unit, chains - i * unit));
+  }
+  return PCDVQ_OK;
+}
+
+int32_t pcdvq_windows(const PcdvqWindows* problem) {
+  const pcdvq::Kernels* kernels = pcdvq::kernels_for(problem->isa);
+  if (!kernels) return PCDVQ_NO_ISA;
+  const int64_t segments = (problem->rows + pcdvq::kSegmentRows - 1) / pcdvq::kSegmentRows;
+  const int64_t chains = segments * problem->groups, unit = kernels->lanes;
+#pragma omp parallel for schedule(dynamic) num_threads(problem->threads)
+  for (int64_t first = 0; first < chains; first += unit) {
+    kernels->windows(*problem, first, std::min(unit, chains - first));
   }
   return PCDVQ_OK;
 }

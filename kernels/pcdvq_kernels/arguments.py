@@ -9,7 +9,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pcdvq_kernels import pyramid
+from pcdvq_kernels import pyramid, windows
 from pcdvq_kernels.config import (
     DEFAULT_ACTIVATIONS,
     MAX_CODE_BITS,
@@ -46,7 +46,14 @@ class LayoutFields(NamedTuple):
         return self.sign_bits + self.pattern_bits + self.magnitude_bits
 
     @property
+    def windows(self) -> bool:
+        """Whether coordinates select codewords one by one: codec `compact`."""
+        return self.state_bits > 0 and not self.sign_bits
+
+    @property
     def codeword_count(self) -> int:
+        if self.windows:
+            return 1 << windows.INDEX_BITS
         if self.pyramid_rows:
             return self.pyramid_rows
         fields = self.state_bits + self.pattern_bits - self.rotation_bits + self.magnitude_bits
@@ -99,10 +106,14 @@ def linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
         and not _fits_pyramid(fields),
         "rotation_bits must be 0 or those of vector_dim": fields.rotation_bits != 0
         and 1 << fields.rotation_bits != fields.vector_dim,
-        "state_bits must be in [0, 4]": not 0 <= fields.state_bits <= MAX_STATE_BITS,
-        "rotation and state bits must be pattern bits beside signs, without magnitude bits": max(
-            fields.rotation_bits, fields.state_bits
+        "state_bits must be in [0, 4]": not fields.windows
+        and not 0 <= fields.state_bits <= MAX_STATE_BITS,
+        "states without signs are those of codec compact": fields.windows
+        and not _fits_windows(fields),
+        "rotation and state bits must be pattern bits beside signs, without magnitude bits": not (
+            fields.windows
         )
+        and max(fields.rotation_bits, fields.state_bits)
         > (0 if fields.magnitude_bits or not fields.sign_bits else fields.pattern_bits),
         f"activations must be in [0, {len(ACTIVATIONS) - 1}]": not 0
         <= fields.activations
@@ -121,6 +132,16 @@ def linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
     row_bytes = -(-(in_features // fields.vector_dim) * fields.code_bits // 8)
     codewords_shape = (fields.codeword_count, fields.vector_dim)
     return LinearShape(fields, row_bytes, codewords_shape, in_features)
+
+
+def _fits_windows(fields: LayoutFields) -> bool:
+    others = fields.parity, fields.magnitude_bits, fields.rotation_bits, fields.pyramid_rows
+    return (
+        fields.vector_dim == windows.DIM
+        and not any(others)
+        and fields.pattern_bits in windows.CODE_BITS
+        and fields.state_bits == windows.state_bits(fields.pattern_bits)
+    )
 
 
 def _fits_pyramid(fields: LayoutFields) -> bool:
@@ -328,3 +349,19 @@ def check_trellis(
                 f"{name} is {_describe(tensor)}; expected {x.dtype} {list(shape)} on {x.device}"
             )
     return field_bits
+
+
+def check_windows(x: Tensor, row_weight: Tensor, table: Tensor, code_bits: int) -> None:
+    """Raise PCDVQError unless the arguments of `window_codes` fit together."""
+    if x.dtype != torch.float32 or x.dim() != 3 or x.shape[2] != windows.DIM:
+        raise PCDVQError(f"x is {_describe(x)}; expected fp32 [N, G, {windows.DIM}]")
+    if code_bits not in windows.CODE_BITS:
+        raise PCDVQError(f"code_bits is {code_bits}; expected one of {windows.CODE_BITS}")
+    for name, tensor, shape in (
+        ("row_weight", row_weight, x.shape[:1]),
+        ("table", table, (1 << windows.INDEX_BITS, windows.DIM)),
+    ):
+        if tensor.dtype != x.dtype or tensor.shape != shape or tensor.device != x.device:
+            raise PCDVQError(
+                f"{name} is {_describe(tensor)}; expected {x.dtype} {list(shape)} on {x.device}"
+            )

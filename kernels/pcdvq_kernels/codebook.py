@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pcdvq_kernels import pyramid
+from pcdvq_kernels import pyramid, windows
 from pcdvq_kernels.arguments import LayoutFields
 from pcdvq_kernels.config import SEGMENT_ROWS, CodebookSpec
 from pcdvq_kernels.errors import CheckpointError
@@ -110,6 +110,10 @@ class Codebook:
             return pyramid.decode(codes, self.codewords(), spec.code_bits)
         if spec.pulses:
             return self.codewords()[codes]
+        if spec.windows:
+            states = code_states(codes, spec.code_bits, spec.state_bits)
+            rows = windows.table_rows(codes, states, spec.code_bits)
+            return windows.look_up(self.codewords(), rows)
         levels = self.codewords()[self.codeword_index(codes)]
         if spec.rotation_bits:
             rotation = codes >> (spec.sign_bits + spec.base_bits)
@@ -130,6 +134,8 @@ def expand_patterns(codewords: Tensor, spec: CodebookSpec | LayoutFields) -> Ten
     Returns:
         [2 ** state_bits, 2 ** (pattern_bits + magnitude_bits), 1 + parity, vector_dim].
     """
+    if spec.windows:
+        return windows.expand(codewords, spec.code_bits).unsqueeze(2)
     g = spec.vector_dim
     rows = codewords.view(1 << spec.state_bits, -1, 1 + spec.parity, g)
     if not spec.rotation_bits:

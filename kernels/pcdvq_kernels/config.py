@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pcdvq_kernels import pyramid
+from pcdvq_kernels import pyramid, windows
 from pcdvq_kernels.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -27,7 +27,7 @@ class CodebookSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    codec: Literal["signed", "e8", "trellis", "int8", "pvq"]
+    codec: Literal["signed", "e8", "trellis", "compact", "int8", "pvq"]
     vector_dim: Literal[1, 2, 4, 8]
     signs: bool
     parity: bool
@@ -35,7 +35,7 @@ class CodebookSpec(BaseModel):
     magnitude_bits: int = Field(ge=0, le=4)
     shift: int = Field(ge=0, le=7)
     rotation_bits: int = Field(default=0, ge=0, le=3)
-    state_bits: int = Field(default=0, ge=0, le=4)
+    state_bits: int = Field(default=0, ge=0, le=5)
     pulses: Annotated[
         tuple[Annotated[int, Field(ge=1, le=pyramid.MOST_PULSES)], ...],
         # JSON has lists; the key is there for one codec only.
@@ -46,18 +46,36 @@ class CodebookSpec(BaseModel):
     def _check(self) -> CodebookSpec:
         if (self.codec == "pvq") != bool(self.pulses):
             raise ValueError(f"codec {self.codec} with {len(self.pulses)} magnitudes of pulses")
-        if (self.codec == "trellis") != (self.state_bits > 0):
+        most_states = {"trellis": 4, "compact": 5}.get(self.codec, 0)
+        if not min(most_states, 1) <= self.state_bits <= most_states:
             raise ValueError(f"codec {self.codec} with {self.state_bits} state_bits")
         if (self.codec == "int8") != (self.vector_dim == 1):
             raise ValueError("vector_dim is 1 for codec int8 and for no other")
         if self.codec == "int8" and (self.code_bits, self.rows, self.shift) != (8, 256, 0):
             raise ValueError("codec int8 has 8 pattern bits, nothing else in its codes, no shift")
+        if self.windows:
+            self._check_windows()
+            return self
         self._check_fields()
         if self.pulses:
             self._check_pyramids()
         else:
             self._check_sizes()
         return self
+
+    def _check_windows(self) -> None:
+        others = self.signs, self.parity, self.magnitude_bits, self.rotation_bits
+        if self.vector_dim != windows.DIM or any(others):
+            raise ValueError(f"codec compact has groups of {windows.DIM}, a pattern and states")
+        if self.pattern_bits not in windows.CODE_BITS:
+            raise ValueError(
+                f"codec compact has pattern_bits {windows.CODE_BITS}, not {self.pattern_bits}"
+            )
+        if self.state_bits != windows.state_bits(self.pattern_bits):
+            raise ValueError(
+                f"codec compact has {windows.state_bits(self.pattern_bits)} state_bits beside "
+                f"{self.pattern_bits} pattern_bits, not {self.state_bits}"
+            )
 
     def _check_fields(self) -> None:
         if self.parity and not self.signs:
@@ -105,8 +123,15 @@ class CodebookSpec(BaseModel):
         return self.code_bits / self.vector_dim
 
     @property
+    def windows(self) -> bool:
+        """Whether coordinates select rows of the direction table one by one."""
+        return self.codec == "compact"
+
+    @property
     def rows(self) -> int:
         """Rows of the direction table; pyramids need none."""
+        if self.windows:
+            return 1 << windows.INDEX_BITS
         return 0 if self.pulses else 1 << (self.state_bits + self.base_bits + self.parity)
 
     @property

@@ -44,9 +44,10 @@ _MOE = struct.Struct("5P3q" + 2 * "3P13q" + "3i4x")
 # PcdvqVptqSegment and PcdvqVptq; `vptq.cpu` calls those.
 VPTQ_SEGMENT = struct.Struct("2P5q")
 VPTQ = struct.Struct("7P5q5i4x")
-# PcdvqNearest, likewise, and PcdvqTrellis; `cpu_search` calls those.
+# PcdvqNearest, likewise, PcdvqTrellis and PcdvqWindows; `cpu_search` calls those.
 NEAREST = struct.Struct("4P2q3i4x")
 TRELLIS = struct.Struct("5P2q6i")
+WINDOWS = struct.Struct("4P2q3i4x")
 
 
 @cache
@@ -65,6 +66,7 @@ def _library() -> ctypes.CDLL | str:
         VPTQ_SEGMENT.size,
         VPTQ.size,
         _PREPACK.size,
+        WINDOWS.size,
     ]:
         return f"{LIBRARY.name} was built from other sources than this version's"
     library.pcdvq_linear.argtypes = (ctypes.c_char_p,)
@@ -75,6 +77,7 @@ def _library() -> ctypes.CDLL | str:
     library.pcdvq_moe.argtypes = (ctypes.c_char_p,)
     library.pcdvq_nearest.argtypes = (ctypes.c_char_p,)
     library.pcdvq_trellis.argtypes = (ctypes.c_char_p,)
+    library.pcdvq_windows.argtypes = (ctypes.c_char_p,)
     library.pcdvq_vptq.argtypes = (ctypes.c_char_p,)
     return library
 
@@ -83,7 +86,7 @@ def _struct_bytes(library: ctypes.CDLL) -> list[int] | None:
     """Sizes of the library's structs; None if it is older than the function that tells them."""
     if not hasattr(library, "pcdvq_struct_bytes"):
         return None
-    sizes = (ctypes.c_int64 * 8)()
+    sizes = (ctypes.c_int64 * 9)()
     library.pcdvq_struct_bytes(sizes)
     return list(sizes)
 

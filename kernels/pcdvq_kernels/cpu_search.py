@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pcdvq_kernels.arguments import check_nearest, check_trellis
-from pcdvq_kernels.cpu import NEAREST, TRELLIS, check_device, isa_number, loaded, raise_status
+from pcdvq_kernels.arguments import check_nearest, check_trellis, check_windows
+from pcdvq_kernels.cpu import (
+    NEAREST,
+    TRELLIS,
+    WINDOWS,
+    check_device,
+    isa_number,
+    loaded,
+    raise_status,
+)
 
 
 def nearest(x: Tensor, codewords: Tensor, bias: Tensor, *, isa: str = "auto") -> Tensor:
@@ -82,4 +90,31 @@ def trellis(
     )
     if status:
         raise_status(status, "trellis search")
+    return out
+
+
+def window_codes(
+    x: Tensor, row_weight: Tensor, table: Tensor, code_bits: int, *, isa: str = "auto"
+) -> Tensor:
+    """`trellis.window_codes` on the CPU; `isa` is "auto" or one of `isas()`."""
+    library = loaded()
+    check_windows(x, row_weight, table, code_bits)
+    check_device(x)
+    x, row_weight, table = x.contiguous(), row_weight.contiguous(), table.contiguous()
+    out = torch.empty(x.shape[:2], dtype=torch.int32)
+    status = library.pcdvq_windows(
+        WINDOWS.pack(
+            x.data_ptr(),
+            row_weight.data_ptr(),
+            table.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            code_bits,
+            torch.get_num_threads(),
+            isa_number(isa),
+        )
+    )
+    if status:
+        raise_status(status, "window search")
     return out

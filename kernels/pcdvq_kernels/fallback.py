@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pcdvq_kernels import cpu, pyramid
+from pcdvq_kernels import cpu, pyramid, windows
 from pcdvq_kernels.arguments import (
     LayoutFields,
     check_embedding,
@@ -18,6 +18,7 @@ from pcdvq_kernels.arguments import (
     check_moe,
     check_nearest,
     check_trellis,
+    check_windows,
 )
 from pcdvq_kernels.codebook import code_states, rotated_coordinates
 from pcdvq_kernels.config import SEGMENT_ROWS
@@ -135,6 +136,11 @@ def decode_levels(
     codes = unpack_codes(qweight, layout.code_bits, in_features // layout.vector_dim)
     if layout.pyramid_rows:
         return pyramid.decode(codes, codewords, layout.code_bits).float().flatten(1)
+    if states is None:
+        states = code_states(codes, layout.code_bits, layout.state_bits)
+    if layout.windows:
+        rows = windows.table_rows(codes, states, layout.code_bits)
+        return windows.look_up(codewords, rows).float().flatten(1)
     row = codes >> layout.sign_bits
     bits = (codes.unsqueeze(-1) >> torch.arange(layout.vector_dim, device=codes.device)) & 1
     base_bits = layout.pattern_bits - layout.rotation_bits
@@ -142,8 +148,6 @@ def decode_levels(
         source = rotated_coordinates(row >> base_bits, layout.vector_dim)
         row &= (1 << base_bits) - 1
     if layout.state_bits:
-        if states is None:
-            states = code_states(codes, layout.code_bits, layout.state_bits)
         row |= states << base_bits
     if layout.parity:
         row = 2 * row + bits.sum(-1) % 2
@@ -179,6 +183,47 @@ def trellis(
         rows = slice(first, first + SEGMENT_ROWS)
         out[rows] = _segment_codes(x[rows], row_weight[rows], table)
     return out
+
+
+def window_codes(x: Tensor, row_weight: Tensor, table: Tensor, code_bits: int) -> Tensor:
+    """`trellis.window_codes` in torch, a segment at a time."""
+    check_windows(x, row_weight, table, code_bits)
+    out = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
+    for first in range(0, len(x), SEGMENT_ROWS):
+        rows = slice(first, first + SEGMENT_ROWS)
+        out[rows] = _window_segment(x[rows], row_weight[rows], table, code_bits)
+    return out
+
+
+def _window_segment(x: Tensor, row_weight: Tensor, table: Tensor, code_bits: int) -> Tensor:
+    """Viterbi search in one segment x [rows, G, DIM]: int32 [rows, G]."""
+    width, older = windows.extra_bits(code_bits), windows.state_bits(code_bits)
+    states, new = 1 << older, torch.arange(4, device=x.device)
+    cost = x.new_full((states, x.shape[1]), torch.inf)
+    cost[0] = 0
+    after = torch.arange(states, device=x.device).unsqueeze(1)
+    steps = []
+    for row, weight in enumerate(row_weight):
+        for j in range(windows.DIM):
+            # Windows that lead to each state, [state, 4]: the last bit of a row is in no state.
+            last = j == windows.DIM - 1
+            window = new & 1 | after << 1 | (new >> 1) << (older + 1) if last else after << 2 | new
+            extra = torch.arange(1 << width, device=x.device) << (older + 2)
+            index = (window.unsqueeze(-1) | extra).flatten(1)  # [state, candidates]
+            error = weight * (x[row, :, j] - table[index, j].unsqueeze(-1)).square()
+            cost, choice = (cost[index & (states - 1)] + error).min(1)  # [state, G]
+            steps.append(index.gather(1, choice))
+    state = cost.argmin(0).unsqueeze(0)  # [1, G]
+    chosen = []
+    for index in reversed(steps):
+        chosen.append(index.gather(0, state)[0])
+        state = chosen[-1].unsqueeze(0) & (states - 1)
+    rows = torch.stack(chosen[::-1]).unflatten(0, (-1, windows.DIM))  # [rows, DIM, G]
+    coordinate = torch.arange(windows.DIM, device=x.device).unsqueeze(1)
+    stream = ((rows >> older & 3) << (2 * coordinate)).sum(1)
+    extra = ((rows >> (older + 2)) << (width * coordinate)).sum(1)
+    top = (stream << 1 | stream >> 7) & 255
+    return (top << (windows.DIM * width) | extra).to(torch.int32)
 
 
 def _segment_codes(x: Tensor, row_weight: Tensor, table: Tensor) -> Tensor:

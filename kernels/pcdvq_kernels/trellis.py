@@ -1,4 +1,4 @@
-"""Codes of the trellis codec, the inner loop of its quantization."""
+"""Codes of the codecs with states, the inner loop of their quantization."""
 
 from __future__ import annotations
 
@@ -32,3 +32,25 @@ def trellis_codes(
     """
     run = cpu_search.trellis if x.device.type == "cpu" and cpu.available() else fallback.trellis
     return run(x, row_weight, codewords, parity, state_bits)
+
+
+def window_codes(x: Tensor, row_weight: Tensor, table: Tensor, code_bits: int) -> Tensor:
+    """Codes of codec `compact` with the least weighted squared error in every segment.
+
+    As `trellis_codes`, coordinate by coordinate.
+
+    Args:
+        x: fp32 [N, G, 4], finite; row 0 is the first of a segment. On any device.
+        row_weight: fp32 [N], not negative.
+        table: fp32 [128, 4], the directions.
+        code_bits: 8, 12 or 16.
+
+    Returns:
+        int32 [N, G].
+
+    Raises:
+        PCDVQError: other dtypes, shapes or devices.
+    """
+    on_cpu = x.device.type == "cpu" and cpu.available()
+    run = cpu_search.window_codes if on_cpu else fallback.window_codes
+    return run(x, row_weight, table, code_bits)

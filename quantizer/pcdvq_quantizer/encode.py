@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pcdvq_kernels.codebook import MAX_LEVEL, Codebook, expand_patterns
 from pcdvq_kernels.nearest import nearest_codeword
-from pcdvq_kernels.trellis import trellis_codes
+from pcdvq_kernels.trellis import trellis_codes, window_codes
 from torch import Tensor
 
 from pcdvq_quantizer.pyramid_search import PyramidSearch
@@ -14,18 +14,20 @@ from pcdvq_quantizer.pyramid_search import PyramidSearch
 class Encoder:
     """Encodes groups with one codebook.
 
-    For `trellis` the codes of a column group in a segment are searched together. In the other
-    codecs a group is encoded by itself: by a direction chosen by its angle to the group and a
-    magnitude by the group's length, as in the paper (arXiv 2506.05432, section 3.2), for `e8`; by
-    the pair nearest to the group in Euclidean distance for `signed`, whose patterns have lengths of
-    their own, and for `pvq`; weight by weight for `int8`.
+    For `trellis` and `compact` the codes of a column group in a segment are searched together. In
+    the other codecs a group is encoded by itself: by a direction chosen by its angle to the group
+    and a magnitude by the group's length, as in the paper (arXiv 2506.05432, section 3.2), for
+    `e8`; by the pair nearest to the group in Euclidean distance for `signed`, whose patterns have
+    lengths of their own, and for `pvq`; weight by weight for `int8`.
     """
 
     def __init__(self, codebook: Codebook) -> None:
         self.codebook = codebook
         spec = codebook.spec
         self._signs = 1 << torch.arange(spec.vector_dim)  # [g]
-        if spec.state_bits:
+        if spec.windows:
+            self._windows = codebook.codewords().float()
+        elif spec.state_bits:
             patterns = expand_patterns(codebook.codewords(), spec)
             self._patterns = patterns.float().reshape(-1, spec.vector_dim)
         elif spec.signs:
@@ -54,6 +56,8 @@ class Encoder:
         spec = self.codebook.spec
         if spec.state_bits:
             weight = torch.ones(len(x)) if row_weight is None else row_weight
+            if spec.windows:
+                return window_codes(x, weight, self._windows, spec.code_bits).long()
             return trellis_codes(x, weight, self._patterns, spec.parity, spec.state_bits).long()
         if spec.codec == "int8":
             return x.round().clamp(-MAX_LEVEL, MAX_LEVEL).long()[..., 0] & 0xFF

@@ -39,6 +39,19 @@ def _spec(
     )
 
 
+def _compact(code_bits: int) -> CodebookSpec:
+    return CodebookSpec(
+        codec="compact",
+        vector_dim=4,
+        signs=False,
+        parity=False,
+        pattern_bits=code_bits,
+        magnitude_bits=0,
+        shift=3,
+        state_bits=5 - (code_bits - 8) // 4,
+    )
+
+
 def _pyramids(code_bits: int, pulses: tuple[int, ...]) -> CodebookSpec:
     return CodebookSpec(
         codec="pvq",
@@ -62,9 +75,10 @@ SPECS = {
     "trellis-8x18": _spec(8, True, True, 10, 0, rotation_bits=3, state_bits=3),
     "trellis-4x12": _spec(4, True, True, 8, 0, rotation_bits=2, state_bits=3),
     "trellis-4x16": _spec(4, True, False, 12, 0, rotation_bits=2, state_bits=2),
-    "compact-4x8": _spec(4, True, True, 4, 0, state_bits=2),
-    "compact-2x6": _spec(2, True, False, 4, 0, state_bits=3),
-    "compact-2x8": _spec(2, True, False, 6, 0, state_bits=2),
+    "compact-4x8": _compact(8),
+    "compact-4x12": _compact(12),
+    "compact-4x16": _compact(16),
+    "generic-trellis-4x8": _spec(4, True, True, 4, 0, state_bits=2),
     "generic-trellis-8x16": _spec(8, True, True, 8, 0, state_bits=4),
     "generic-trellis-8x11": _spec(8, True, False, 3, 0, rotation_bits=3, state_bits=3),
     "generic-trellis-4x15": _spec(4, True, True, 11, 0, rotation_bits=2, state_bits=1),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from linear_cases import SPECS, Case, random_case
-from pcdvq_kernels import cpu, cpu_search
+from pcdvq_kernels import cpu, cpu_search, windows
 from pcdvq_kernels.arguments import ACTIVATIONS
 from pcdvq_kernels.vptq import cpu as vptq
 from pcdvq_kernels.vptq import ops
@@ -96,6 +96,14 @@ def call_searches(isa: str) -> int:
             for values in (x, torch.full_like(x, torch.nan)) if rows < 10 else (x,):
                 cpu_search.trellis(
                     values, normal(rows).abs(), codewords, parity, state_bits, isa=isa
+                )
+                calls += 1
+    for code_bits in windows.CODE_BITS:
+        for rows, groups in ((17, 5), (3, 1), (0, 2)):
+            x = normal(rows, groups, windows.DIM)
+            for values in (x, torch.full_like(x, torch.nan)):
+                cpu_search.window_codes(
+                    values, normal(rows).abs(), normal(128, windows.DIM), code_bits, isa=isa
                 )
                 calls += 1
     return calls

@@ -41,6 +41,26 @@ TRELLIS_BOOK = Codebook(
 )
 
 
+COMPACT = CodebookSpec(
+    codec="compact",
+    vector_dim=4,
+    signs=False,
+    parity=False,
+    pattern_bits=12,
+    magnitude_bits=0,
+    shift=0,
+    state_bits=4,
+)
+
+
+def rows_as_levels(code_bits: int) -> Codebook:
+    """A codebook of codec `compact` whose level in a row is the row's number less 64."""
+    change = {"pattern_bits": code_bits, "state_bits": 5 - (code_bits - 8) // 4}
+    spec = CodebookSpec.model_validate(COMPACT.model_dump() | change)
+    directions = (torch.arange(128) - 64).to(torch.int8).unsqueeze(1).repeat(1, 4)
+    return Codebook(spec, directions, torch.ones(1, dtype=torch.uint8))
+
+
 def bytes_of(text: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
@@ -123,6 +143,52 @@ def test_golden_trellis_bytes() -> None:
 def test_trellis_layout_out_of_limits(change: dict) -> None:
     with pytest.raises(ValidationError):
         CodebookSpec.model_validate(TRELLIS.model_dump() | change)
+
+
+def test_golden_windows() -> None:
+    """Two bits of a row's stream to a coordinate, in windows of 6, and an extra bit above them."""
+    codes = torch.tensor([[0b10000011_0101], [0b00000000_0000]])
+    # The row's stream is 1, 0, 0, 0, 0, 0, 1 and 1, the last one from the lowest bit of the eight.
+    windows = [[0b010000, 0b000100, 0b000001, 0b110000], [0b001000, 0b000010, 0, 0]]
+    extra = [[1, 0, 1, 0], [0, 0, 0, 0]]
+    levels = torch.tensor(windows) + 64 * torch.tensor(extra) - 64
+    assert torch.equal(rows_as_levels(12).decode(codes)[:, 0].long(), levels)
+
+
+@pytest.mark.parametrize("code_bits", [8, 12, 16])
+def test_windows_bit_by_bit(code_bits: int) -> None:
+    codes = torch.randint(0, 1 << code_bits, (35, 3))
+    width = (code_bits - 8) // 4
+    decoded = rows_as_levels(code_bits).decode(codes) + 64
+    for column in range(codes.shape[1]):
+        for row, code in enumerate(codes[:, column].tolist()):
+            if row % 16 == 0:
+                stream = "0" * (5 - width)
+            new = f"{code >> (4 * width):08b}"[::-1]  # the lowest bit first
+            stream += new[1:]
+            for j in range(4):
+                end = len(stream) - 7 + 2 * (j + 1)
+                bits = (stream + new[0])[end - (7 - width) : end]
+                window = int(bits[::-1], 2)
+                extra = code >> (width * j) & ((1 << width) - 1)
+                assert decoded[row, column, j] == window | extra << (7 - width)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vector_dim": 8},
+        {"signs": True},
+        {"pattern_bits": 10},
+        {"state_bits": 5},
+        {"magnitude_bits": 1},
+        {"codec": "trellis"},
+        {"codec": "e8"},
+    ],
+)
+def test_compact_layout_out_of_limits(change: dict) -> None:
+    with pytest.raises(ValidationError):
+        CodebookSpec.model_validate(COMPACT.model_dump() | change)
 
 
 def test_int8_codes_are_the_levels() -> None:

@@ -11,7 +11,7 @@ from pcdvq_kernels import cpu, fallback, ops  # noqa: F401 (ops registers the op
 from pcdvq_kernels.errors import PCDVQError
 
 ISAS = [isa for isa in ("scalar", "avx2", "avx512") if isa in cpu.isas()]
-CODECS = ["signed-8x16", "trellis-8x16", "trellis-4x16", "compact-2x6", "e8-16", "int8"]
+CODECS = ["signed-8x16", "trellis-8x16", "trellis-4x16", "compact-4x12", "e8-16", "int8"]
 
 
 def close(found: torch.Tensor, case: MoeCase, rtol: float = 0.0) -> None:

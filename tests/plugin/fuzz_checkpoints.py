@@ -166,7 +166,7 @@ def fuzz_layouts(directory: Path, cases: int) -> Counter[str]:
     outcomes: Counter[str] = Counter()
 
     @_settings(cases)
-    @given(st.one_of(fields(), pyramids()).map(_spec).filter(lambda spec: spec is not None))
+    @given(st.one_of(fields(), windows(), pyramids()).map(_spec).filter(lambda spec: spec is not None))
     def run(spec: CodebookSpec) -> None:
         Damaged(Files()).write(directory)
         write_random_checkpoint(directory, MODEL, spec, embeddings=spec)
@@ -186,6 +186,17 @@ def fields() -> st.SearchStrategy[tuple]:
         *(st.integers(1, 12), st.integers(0, 4), st.integers(0, 7)),
         *(st.integers(0, 3), st.integers(0, 4)),
         st.just(()),
+    )
+
+
+def windows() -> st.SearchStrategy[tuple]:
+    """Fields of codec compact, many of which fit together."""
+    sizes = st.one_of(
+        st.sampled_from(((8, 5), (12, 4), (16, 3))),
+        st.tuples(st.integers(7, 17), st.integers(1, 6)),
+    )
+    return st.tuples(sizes, st.integers(0, 7), st.booleans()).map(
+        lambda v: ("compact", 4, v[2], False, v[0][0], 0, v[1], 0, v[0][1], ())
     )
 
 

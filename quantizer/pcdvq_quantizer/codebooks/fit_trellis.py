@@ -79,18 +79,7 @@ _TRELLIS_4 = Variant(
 _TRELLIS_2_25 = replace(
     _TRELLIS_2, id="trellis-2.25", pattern_bits=10, groups=150_000, iterations=25
 )
-# A coordinate's table is two or four AVX-512 registers: kernels/csrc/block_compact.h.
-_COMPACT_2 = Variant(
-    id="compact-2", vector_dim=4, parity=True, pattern_bits=4, rotation_bits=0, state_bits=2,
-    clip=3.0,
-)  # fmt: skip
-_COMPACT_3 = Variant(
-    id="compact-3", vector_dim=2, parity=False, pattern_bits=4, rotation_bits=0, state_bits=3,
-    clip=3.4,
-)  # fmt: skip
-_COMPACT_4 = replace(_COMPACT_3, id="compact-4", pattern_bits=6, state_bits=2, clip=3.6)
-_TRELLIS = _TRELLIS_2, _TRELLIS_2_25, _TRELLIS_3, _TRELLIS_4
-VARIANTS = {v.id: v for v in (*_TRELLIS, _COMPACT_2, _COMPACT_3, _COMPACT_4)}
+VARIANTS = {v.id: v for v in (_TRELLIS_2, _TRELLIS_2_25, _TRELLIS_3, _TRELLIS_4)}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ struct NoStates {};
 struct Int8 {
   static constexpr int kPieces = 1;
   static constexpr int kVectors = kUnitVectors;
+  static constexpr bool kSignedLevels = true;
   static constexpr bool kRowsFirst = false;
   static constexpr int kUnitBytes = 128;
   using States = NoStates;
@@ -36,6 +37,7 @@ template <int CODE_BITS>
 struct Rows8 {
   static constexpr int kPieces = 1;
   static constexpr int kVectors = kUnitVectors;
+  static constexpr bool kSignedLevels = true;
   static constexpr bool kRowsFirst = false;
   static constexpr int kHalfBytes = CODE_BITS;  // 8 codes
   static constexpr int kUnitBytes = 2 * kHalfBytes;

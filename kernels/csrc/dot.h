@@ -86,9 +86,15 @@ PCDVQ_INLINE void dot_units(const int8_t* table, const uint8_t* codes, int64_t r
       for (int v = piece * L::kVectors; v < (piece + 1) * L::kVectors; ++v, levels_x += 64) {
         const Bytes positive = load_bytes(levels_x), negated = load_bytes(levels_x + 32);
         for (int r = 0; r < ROWS; ++r) {
-          const Bytes negative = L::negative(unit[r].bytes[piece], v);
-          const Bytes a = _mm256_blendv_epi8(positive, negated, negative);
-          const Bytes pairs = _mm256_maddubs_epi16(unit[r].unsigned_levels(table, v), a);
+          Bytes pairs;
+          if constexpr (L::kSignedLevels) {
+            const Bytes levels = _mm256_sign_epi8(unit[r].signed_levels(table, v), positive);
+            pairs = _mm256_maddubs_epi16(_mm256_max_epi8(positive, negated), levels);
+          } else {
+            const Bytes negative = L::negative(unit[r].bytes[piece], v);
+            const Bytes a = _mm256_blendv_epi8(positive, negated, negative);
+            pairs = _mm256_maddubs_epi16(unit[r].unsigned_levels(table, v), a);
+          }
           const Bytes products = _mm256_madd_epi16(pairs, ones);
           total[r] = v ? _mm256_add_epi32(total[r], products) : products;
         }
@@ -228,7 +234,7 @@ bool match_pyramids(const PcdvqLayout& layout, Decoder* decoder) {
 template <int DIM, int CODE_BITS, class L>
 bool match_direct(const PcdvqLayout& layout, Decoder* decoder) {
   const bool same = is_direct<DIM, CODE_BITS>(layout);
-  if (same) *decoder = {decode_units<L>, nullptr, dots<L>, nullptr};
+  if (same) *decoder = {decode_units<L>, dot<L>, dots<L>, nullptr};
   return same;
 }
 
@@ -236,7 +242,7 @@ template <int EXTRA>
 bool match_windows(const PcdvqLayout& layout, Decoder* decoder) {
   using L = Windows<EXTRA>;
   const bool same = is_windows(layout) && extra_bits(layout.pattern_bits) == EXTRA;
-  if (same) *decoder = {decode_units<L>, nullptr, dots<L>, L::expand};
+  if (same) *decoder = {decode_units<L>, dot<L>, dots<L>, L::expand};
   return same;
 }
 

@@ -63,6 +63,7 @@ struct Lookup {
   static constexpr int kCodes = kWide ? 8 : 16;            // in a piece
   static constexpr int piece_byte(int piece) { return piece ? kHalfBytes - 16 : 0; }
 
+  static constexpr bool kSignedLevels = false;  // else a level and its sign apart
   static constexpr bool kRowsFirst = false;  // `dots` loads units of all rows before it uses any
 
   struct Constants {

@@ -14,6 +14,7 @@ template <int EXTRA>
 struct Windows {
   static constexpr int kPieces = 1;
   static constexpr int kVectors = kUnitVectors;
+  static constexpr bool kSignedLevels = true;
   static constexpr bool kRowsFirst = false;
   static constexpr int kOlder = older_bits(EXTRA);
   static constexpr int kHalfBytes = 16 + 8 * EXTRA;  // codes of 64 columns

@@ -82,11 +82,13 @@ def row_levels(words, table, row, columns, inside, tiles, FMT: tl.constexpr):
     index = plane_word(words, tile, lane, q, INDEX_WORDS, inside)
     low = (index >> byte) & 255
     if STATE > 0:
-        # The row above is in this lane, or the last of the lane four before.
-        owner = lane - tl.where(i == 0, 4, 0)
-        above = plane_word(words, tile, owner, q, INDEX_WORDS, inside & (row % 16 != 0))
+        # The row above is in this lane, or the last of the lane four before; where a segment
+        # starts, what is read there counts for nothing.
+        owner = tl.maximum(lane - tl.where(i == 0, 4, 0), 0)
+        above = plane_word(words, tile, owner, q, INDEX_WORDS, inside)
         above >>= (8 * ((i + 3) % 4) + 8 - STATE).to(tl.uint32)
-        high |= (above & ((1 << STATE) - 1)) << PARITY
+        mask = tl.where(row % 16 == 0, 0, (1 << STATE) - 1).to(tl.uint32)
+        high |= (above & mask) << PARITY
     words += tiles * (32 * INDEX_WORDS)
     if WIDTH > 0:
         extra = plane_word(words, tile, lane, q * WIDTH // 8, INDEX_WORDS * WIDTH // 8, inside)

@@ -274,16 +274,17 @@ bool match_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
   return true;
 }
 
+template <bool PACKED>
 bool find_windows(const PcdvqLayout& layout, BlockDecoder* decoder) {
   if (!is_windows(layout)) return false;
   const auto use = [decoder](auto l) {
     using L = decltype(l);
-    *decoder = block_decoder<L, true>(L::expand, kWindowDim);
+    *decoder = block_decoder<L, PACKED>(L::expand, kWindowDim);
   };
   const int extra = extra_bits(layout.pattern_bits);
-  if (extra == 0) use(WindowBlocks<0>());
-  if (extra == 1) use(WindowBlocks<1>());
-  if (extra == 2) use(WindowBlocks<2>());
+  if (extra == 0) use(WindowBlocks<0, PACKED>());
+  if (extra == 1) use(WindowBlocks<1, PACKED>());
+  if (extra == 2) use(WindowBlocks<2, PACKED>());
   return true;
 }
 
@@ -299,7 +300,7 @@ bool find_blocks(const PcdvqLayout& layout, BlockDecoder* decoder) {
       match_blocks<4, 16, false, 2, PACKED>(layout, decoder)) {
     return true;
   }
-  if (PACKED && find_windows(layout, decoder)) return true;
+  if (find_windows<PACKED>(layout, decoder)) return true;
   if (is_direct<8, 16>(layout) && !layout.pyramid_rows) {
     *decoder = block_decoder<RowBlocks, PACKED>(nullptr);
     return true;
@@ -320,9 +321,7 @@ BlockDecoder find_block_decoder(const PcdvqLayout& layout, bool packed) {
                {dot_other<1>, dot_other<2>, dot_other<4>, dot_other<6>, dot_other<8>}};
     decoder.expand = find_decoder(layout).expand;
     const int64_t base_bits = layout.pattern_bits - layout.rotation_bits + layout.magnitude_bits;
-    if (is_windows(layout)) {
-      decoder.codeword_bytes = kWindowDim * kWindowRows;
-    } else if (decoder.expand) {
+    if (decoder.expand) {
       decoder.codeword_bytes = layout.vector_dim << (base_bits + layout.state_bits + layout.parity);
     }
   }

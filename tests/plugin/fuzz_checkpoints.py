@@ -166,7 +166,7 @@ def fuzz_layouts(directory: Path, cases: int) -> Counter[str]:
     outcomes: Counter[str] = Counter()
 
     @_settings(cases)
-    @given(st.one_of(fields(), windows(), pyramids()).map(_spec).filter(lambda spec: spec is not None))
+    @given(layouts().map(_spec).filter(lambda spec: spec is not None))
     def run(spec: CodebookSpec) -> None:
         Damaged(Files()).write(directory)
         write_random_checkpoint(directory, MODEL, spec, embeddings=spec)
@@ -175,6 +175,10 @@ def fuzz_layouts(directory: Path, cases: int) -> Counter[str]:
 
     run()
     return outcomes
+
+
+def layouts() -> st.SearchStrategy[tuple]:
+    return st.one_of(fields(), windows(), pyramids())
 
 
 def fields() -> st.SearchStrategy[tuple]:

@@ -99,7 +99,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "format version": (_quantization("format_version", 2), "format_version is 2"),
     "codec": (
         _unknown_codec,
-        "codebooks.signed.codec: Input should be 'signed', 'e8', 'trellis', 'compact', 'int8' or 'pvq'",
+        "codebooks.signed.codec: Input should be 'signed', 'e8', 'trellis', 'compact', 'int8' or "
+        "'pvq'",
     ),
     "unknown key": (_quantization("group_size", 8), "group_size: Extra inputs are not permitted"),
 }

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from pcdvq_kernels.errors import CheckpointError
-from pcdvq_kernels.ops import prepacks
 from torch import Tensor
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -64,14 +63,6 @@ class PCDVQEmbeddingMethod(PCDVQLinearMethod):
         super().process_weights_after_loading(layer)
         empty = torch.empty(0, dtype=self.params_dtype, device=layer.qweight.device)
         layer.register_buffer("weight", empty, persistent=False)
-
-    def prepack(self, qweight: Tensor, codewords: Tensor, in_features: int) -> Tensor:
-        # Rows are looked up too, which the packed form of a CPU does not serve.
-        return (
-            qweight
-            if qweight.is_cpu and not prepacks(qweight.device)
-            else super().prepack(qweight, codewords, in_features)
-        )
 
     def embedding(self, layer: VocabParallelEmbedding, input_: Tensor) -> Tensor:
         """Vectors [..., K] of the ids `input_` [...] in the model's dtype, a new tensor."""

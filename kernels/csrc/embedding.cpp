@@ -6,6 +6,7 @@
 #include "isa.h"
 #include "numeric.h"
 #include "sign_masks.h"
+#include "table_cache.h"
 #include "threads.h"
 
 namespace pcdvq {
@@ -18,6 +19,7 @@ struct Embedding {
   const PcdvqEmbedding& p;
   const Kernels& kernels;
   const Decoder decoder;
+  const BlockDecoder blocks;  // of packed codes
 
   // Levels of row `id`, in the order of columns; `row` has room for whole units.
   void decode(const Weights& weights, int64_t id, float* row) const {
@@ -30,11 +32,38 @@ struct Embedding {
     }
   }
 
+  // The same of packed codes, of which a block is decoded whole: 16 rows.
+  void decode_packed(const Weights& weights, int64_t id, float* row) const {
+    const int64_t strip = id / kBlockRows * kBlockRows, rows = std::min(kBlockRows, p.n - strip);
+    const int64_t dim = std::max<int64_t>(1, blocks.order_dim);
+    alignas(64) uint8_t levels[kBlockSteps][kStepBytes];
+    for (int64_t block = 0; block * kScaleColumns < p.k; ++block, row += kScaleColumns) {
+      blocks.decode(weights, strip, rows, block, 1, kStepBytes, levels[0]);
+      for (int64_t s = 0; s < kBlockSteps; ++s) {
+        const uint8_t* four = levels[s] + 4 * (id - strip);
+        for (int64_t i = 0; i < 4; ++i) {
+          row[(4 * (s / dim) + i) * dim + s % dim] = float(four[i]) - 128.0f;
+        }
+      }
+    }
+  }
+
+  Weights make_weights(int8_t* memory) const {
+    const int8_t* table = p.codewords;
+    if (p.packed) {
+      if (blocks.expand) table = TableCache::get(blocks, p.codewords, memory);
+    } else if (decoder.expand) {
+      decoder.expand(p.codewords, memory);
+      table = memory;
+    }
+    return {p.qweight, table, p.n, p.k, p.row_bytes, p.layout};
+  }
+
   // Row `id` of Q H S, scaled, into row `index` of the output; `row` is scratch for k floats,
   // padded to whole units.
   void look_up(const Weights& weights, const uint8_t* no_signs, int64_t index, float* row) const {
     const int64_t id = p.ids[index];
-    decode(weights, id, row);
+    p.packed ? decode_packed(weights, id, row) : decode(weights, id, row);
     kernels.rotate(row, PCDVQ_F32, no_signs, p.k, p.layout.hadamard_block, row);
     const float scale = p.row_scale[id];
     for (int64_t i = 0; i < p.k; i += 8) {
@@ -57,9 +86,7 @@ struct Embedding {
 #pragma omp parallel num_threads(threads)
     {
       alignas(64) int8_t table[kTableBytes];
-      if (decoder.expand) decoder.expand(p.codewords, table);
-      const Weights weights{p.qweight, decoder.expand ? table : p.codewords, p.n, p.k,
-                            p.row_bytes, p.layout};
+      const Weights weights = make_weights(table);
       float* row = rows.get() + thread_index() * row_floats;
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < p.count; ++i) look_up(weights, no_signs.get(), i, row);
@@ -75,5 +102,10 @@ int32_t pcdvq_embedding(const PcdvqEmbedding* problem) {
   const pcdvq::Kernels* kernels = pcdvq::kernels_for(problem->isa);
   if (!kernels) return PCDVQ_NO_ISA;
   if (problem->count == 0) return PCDVQ_OK;
-  return pcdvq::Embedding{*problem, *kernels, kernels->decoder(problem->layout)}.run();
+  pcdvq::BlockDecoder blocks = {};
+  if (problem->packed) {
+    if (kernels->blocks) blocks = kernels->blocks->decoder(problem->layout, true);
+    if (!blocks.decode) return PCDVQ_NO_ISA;
+  }
+  return pcdvq::Embedding{*problem, *kernels, kernels->decoder(problem->layout), blocks}.run();
 }

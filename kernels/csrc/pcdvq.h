@@ -69,12 +69,13 @@ struct PcdvqPrepack {
 
 struct PcdvqEmbedding {
   const int64_t* ids;         // [count]
-  const uint8_t* qweight;     // [n, row_bytes]
+  const uint8_t* qweight;     // [n, row_bytes], or what pcdvq_prepack made of it
   const float* row_scale;     // [n]
   const uint8_t* signs_in;    // [k / 8]
   const int8_t* codewords;    // as in PcdvqLinear
   void* out;                  // dtype [count, k]
   int64_t count, n, k, row_bytes;
+  int64_t packed;             // as in PcdvqLinear
   PcdvqLayout layout;
   int32_t dtype, threads, isa;
 };

@@ -154,6 +154,19 @@ def _fits_pyramid(fields: LayoutFields) -> bool:
     )
 
 
+def _check_codes(
+    shape: LinearShape, qweight: Tensor, row_scale: Tensor, device: torch.device
+) -> tuple[int, ...]:
+    """The number of rows of packed or plain codes, alone in a tuple."""
+    if qweight.dim() == 3:
+        rows = row_scale.shape[:1]
+        expect("packed qweight", qweight, torch.uint8, shape.packed_shape(sum(rows)), device)
+        return rows
+    rows = qweight.shape[:1]
+    expect("qweight", qweight, torch.uint8, (*rows, shape.row_bytes), device)
+    return rows
+
+
 def check_linear(
     x: Tensor,
     qweight: Tensor,
@@ -168,12 +181,7 @@ def check_linear(
         raise PCDVQError(f"x is {_describe(x)}; expected bf16, fp16 or fp32 [..., K]")
     in_features = x.shape[-1]
     shape = linear_shape(tuple(layout), in_features)
-    if qweight.dim() == 3:
-        rows = row_scale.shape[:1]
-        expect("packed qweight", qweight, torch.uint8, shape.packed_shape(sum(rows)), x.device)
-    else:
-        rows = qweight.shape[:1]
-        expect("qweight", qweight, torch.uint8, (*rows, shape.row_bytes), x.device)
+    rows = _check_codes(shape, qweight, row_scale, x.device)
     _check_scales(shape, rows, (row_scale, signs_in, codewords), x.device)
     if bias is not None:
         if not bias.is_floating_point():
@@ -198,8 +206,7 @@ def check_embedding(
         raise PCDVQError(f"dtype is {dtype}; expected bf16, fp16 or fp32")
     in_features = 8 * signs_in.numel()
     shape = linear_shape(tuple(layout), in_features)
-    rows = qweight.shape[:1]
-    expect("qweight", qweight, torch.uint8, (*rows, shape.row_bytes), ids.device)
+    rows = _check_codes(shape, qweight, row_scale, ids.device)
     _check_scales(shape, rows, (row_scale, signs_in, codewords), ids.device)
     return shape
 

@@ -31,6 +31,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY = 1
 _NO_ISA = 2
 _BAD_ID = 3
+_OTHER_ISA = "isa {!r} does not read packed codes; give it the checkpoint's"
 
 
 # PcdvqLinear of kernels/csrc/pcdvq.h. Packing takes a third of what a ctypes.Structure takes.
@@ -38,7 +39,7 @@ _LINEAR = struct.Struct("7P15q4i")
 # PcdvqPrepack, likewise.
 _PREPACK = struct.Struct("2P13q2i")
 # PcdvqEmbedding, likewise; padded as in C.
-_EMBEDDING = struct.Struct("6P14q3i4x")
+_EMBEDDING = struct.Struct("6P15q3i4x")
 # PcdvqMoe, with its two PcdvqExperts.
 _MOE = struct.Struct("5P3q" + 2 * "3P13q" + "3i4x")
 # PcdvqVptqSegment and PcdvqVptq; `vptq.cpu` calls those.
@@ -195,7 +196,7 @@ def linear(
         )
     )
     if status == _NO_ISA:
-        raise PCDVQError(f"isa {isa!r} does not multiply packed codes; give it the checkpoint's")
+        raise PCDVQError(_OTHER_ISA.format(isa))
     if status:
         raise_status(status, f"pcdvq::linear [{m}, {k}] x [{n}, {k}]")
     return out
@@ -261,7 +262,7 @@ def embedding(
     library = loaded()
     shape = check_embedding(ids, qweight, row_scale, signs_in, codewords, layout, dtype)
     check_device(ids)
-    n, k = qweight.shape[0], 8 * signs_in.numel()
+    n, k = row_scale.shape[0], 8 * signs_in.numel()
     ids = ids.long().contiguous()
     out = torch.empty((*ids.shape, k), dtype=dtype)
     status = library.pcdvq_embedding(
@@ -272,7 +273,7 @@ def embedding(
             signs_in.data_ptr(),
             codewords.data_ptr(),
             out.data_ptr(),
-            *(ids.numel(), n, k, shape.row_bytes),
+            *(ids.numel(), n, k, shape.row_bytes, qweight.dim() == 3),
             *shape.layout,
             DTYPES[dtype],
             torch.get_num_threads(),
@@ -281,6 +282,8 @@ def embedding(
     )
     if status == _BAD_ID:
         check_ids(ids, n)
+    if status == _NO_ISA:
+        raise PCDVQError(_OTHER_ISA.format(isa))
     if status:
         raise_status(status, f"pcdvq::embedding {list(ids.shape)} of [{n}, {k}]")
     return out

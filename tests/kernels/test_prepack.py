@@ -128,9 +128,23 @@ def test_what_is_not_packed() -> None:
 def test_other_isas_refuse_packed_codes() -> None:
     case = int8_case("trellis-8x16", 1, 33, 72)
     x, _, *rest = case.args()
-    with pytest.raises(ValueError, match="'avx2' does not multiply packed codes"):
+    with pytest.raises(ValueError, match="'avx2' does not read packed codes"):
         cpu.linear(x, pack(case), *rest, isa="avx2")
     assert cpu.prepack(case.qweight, rest[-1], 72, isa="avx2") is case.qweight
+
+
+@pytest.mark.parametrize("codec", PACKED)
+@pytest.mark.parametrize("k", [8, 72, 576])
+def test_rows_of_packed_codes(codec: str, k: int) -> None:
+    ids = torch.tensor([[32, 0, 16], [31, 15, 0]])
+    case = int8_case(codec, 1, 33, k)
+    _, qweight, *rest = case.embedding_args(ids)
+    packed = guarded_bytes(pack(case))
+    assert torch.equal(cpu.embedding(ids, packed, *rest), cpu.embedding(ids, qweight, *rest))
+    with pytest.raises(ValueError, match="rows 0 to 32"):
+        cpu.embedding(ids + 1, packed, *rest)
+    with pytest.raises(ValueError, match="'avx2' does not read packed codes"):
+        cpu.embedding(ids, packed, *rest, isa="avx2")
 
 
 def test_wrong_sizes_are_refused() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
@@ -27,6 +30,7 @@ from pcdvq_kernels.errors import PCDVQError
 LIBRARY = Path(__file__).with_name("_cpu.so")
 ISAS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 
+HUGE_PAGE = 1 << 21
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY = 1
 _NO_ISA = 2
@@ -135,6 +139,24 @@ def check_device(x: Tensor) -> None:
         raise PCDVQError(f"x is on {x.device}; the CPU kernels need CPU tensors")
 
 
+def stream_memory(shape: Sequence[int]) -> Tensor:
+    """uint8 [shape] of any values, for a weight that is read from one end to the other.
+
+    It is on huge pages as far as it fills them: else every 32 KiB wait for a line of page tables,
+    which the weights before have driven out of the caches.
+    """
+    size = math.prod(shape)
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(tuple(shape), dtype=torch.uint8)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=private)  # what is not touched takes none
+    everything = torch.frombuffer(memory, dtype=torch.uint8)
+    first = -everything.data_ptr() % HUGE_PAGE
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE, first, size // HUGE_PAGE * HUGE_PAGE)
+    return everything[first : first + size].view(tuple(shape))
+
+
 def raise_status(status: int, what: str) -> NoReturn:
     if status == _NO_MEMORY:
         raise MemoryError(f"no memory for the scratch of {what}")
@@ -232,7 +254,7 @@ def prepack(
 
     if not library.pcdvq_packed_bytes(problem(0)):
         return qweight
-    packed = torch.empty(shape.packed_shape(rows), dtype=torch.uint8)
+    packed = stream_memory(shape.packed_shape(rows))
     status = library.pcdvq_prepack(problem(packed.data_ptr()))
     if status:
         raise_status(status, f"packing a weight [{rows}, {in_features}]")

@@ -101,6 +101,15 @@ def test_unpacks(codec: str, n: int, k: int) -> None:
     assert torch.equal(codes, case.qweight)
 
 
+def test_large_weights_start_at_huge_pages() -> None:
+    case = replace(random_case("compact-4x8", 1, 2100, 8192, block=8192), activations="int8")
+    packed = pack(case)
+    assert packed.data_ptr() % cpu.HUGE_PAGE == 0
+    assert packed.is_contiguous()
+    assert torch.equal(cpu_packing.unpack(packed, case.args()[-1], 2100, 8192), case.qweight)
+    assert torch.equal(run(case, packed), run(case, case.qweight))
+
+
 @pytest.mark.parametrize("codec", PACKED)
 def test_reads_end_with_the_codes(codec: str) -> None:
     for m in (1, 9):

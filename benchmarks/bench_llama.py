@@ -22,11 +22,11 @@ import gguf
 import numpy as np
 import psutil
 import typer
-from bench_serving import Load, Result, console, print_results
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from transformers import LlamaConfig
 
+from bench_serving import Load, Result, console, print_results
 from serving_models import SHAPES
 
 try:

@@ -123,6 +123,7 @@ struct WindowBlocks {
         const Wide even = choose(15, _mm512_srli_epi16(low, 4), _mm512_slli_epi16(high, 4));
         fresh = _mm512_ternarylogic_epi32(odd, high, even, 0xCA);
         extra = _mm512_ternarylogic_epi32(odd, _mm512_srli_epi16(low, 4), low, 0xCA);
+        // Bits 0 to 3 at places 2, 4, 6 and 0.
         alignas(16) static constexpr uint8_t kPlaces[16] = {0,  4,  16, 20, 64, 68, 80, 84,
                                                             1,  5,  17, 21, 65, 69, 81, 85};
         const Wide nibbles = _mm512_and_si512(extra, _mm512_set1_epi8(15));

@@ -1,5 +1,5 @@
-// Where blocks are read and where they go: rows of codes or packed codes, for any of the decoders of
-// block_decode.h and block_planes.h. Included once.
+// Where blocks are read and where they go: rows of codes or packed codes, for the decoders of
+// block_decode.h. Included once.
 #pragma once
 
 #include "block_decode.h"
@@ -33,17 +33,10 @@ struct BlockCodes {
       const int64_t blocks = (w.k + kScaleColumns - 1) / kScaleColumns;
       const int64_t block = row / kBlockRows * blocks + b;
       constexpr int64_t kBytes = kBlockRows * L::kBlockBytes;
-      const uint8_t* codes = w.qweight + block * kBytes;
-      if (L::kReadBytes > L::kBlockBytes && b + 1 == blocks && row + kBlockRows >= w.n) {
-        std::memcpy(cut, codes, kBytes);  // the last block: a read would end after it
-        codes = cut[0];
-      }
-      use(codes, int64_t(L::kBlockBytes));
+      use(w.qweight + block * kBytes, int64_t(L::kBlockBytes));
     } else {
       const uint8_t* codes = w.qweight + row * w.row_bytes + b * L::kBlockBytes;
-      // A read may end in the next row, but not after the last one.
-      const uint8_t* last = codes + (kBlockRows - 1) * w.row_bytes + L::kReadBytes;
-      const bool whole = rows == kBlockRows && last <= w.qweight + w.n * w.row_bytes;
+      const bool whole = rows == kBlockRows && (b + 1) * L::kBlockBytes <= w.row_bytes;
       if (!whole) copy_block<L>(w, row, rows, b, cut);
       use(whole ? codes : cut[0], whole ? w.row_bytes : kScaleColumns);
     }
@@ -63,10 +56,9 @@ template <class L, bool PACKED>
 void decode_blocks(const Weights& w, int64_t row, int64_t rows, int64_t first, int64_t blocks,
                    int64_t step, uint8_t* out) {
   BlockCodes<L, PACKED> strip = {w, row, rows, {}};
-  const typename L::Tables tables(w.table);
   for (int64_t b = first; b < first + blocks; ++b, out += kBlockSteps * step) {
     strip.visit(b, [&](const uint8_t* codes, int64_t stride) __attribute__((always_inline)) {
-      L::decode(tables, codes, stride, Store{out, step});
+      L::decode(w.table, codes, stride, Store{out, step});
     });
   }
 }

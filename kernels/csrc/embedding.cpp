@@ -6,7 +6,6 @@
 #include "isa.h"
 #include "numeric.h"
 #include "sign_masks.h"
-#include "table_cache.h"
 #include "threads.h"
 
 namespace pcdvq {
@@ -35,28 +34,13 @@ struct Embedding {
   // The same of packed codes, of which a block is decoded whole: 16 rows.
   void decode_packed(const Weights& weights, int64_t id, float* row) const {
     const int64_t strip = id / kBlockRows * kBlockRows, rows = std::min(kBlockRows, p.n - strip);
-    const int64_t dim = std::max<int64_t>(1, blocks.order_dim);
     alignas(64) uint8_t levels[kBlockSteps][kStepBytes];
     for (int64_t block = 0; block * kScaleColumns < p.k; ++block, row += kScaleColumns) {
       blocks.decode(weights, strip, rows, block, 1, kStepBytes, levels[0]);
-      for (int64_t s = 0; s < kBlockSteps; ++s) {
-        const uint8_t* four = levels[s] + 4 * (id - strip);
-        for (int64_t i = 0; i < 4; ++i) {
-          row[(4 * (s / dim) + i) * dim + s % dim] = float(four[i]) - 128.0f;
-        }
+      for (int64_t i = 0; i < kScaleColumns; ++i) {
+        row[i] = float(levels[i / 4][4 * (id - strip) + i % 4]) - 128.0f;
       }
     }
-  }
-
-  Weights make_weights(int8_t* memory) const {
-    const int8_t* table = p.codewords;
-    if (p.packed) {
-      if (blocks.expand) table = TableCache::get(blocks, p.codewords, memory);
-    } else if (decoder.expand) {
-      decoder.expand(p.codewords, memory);
-      table = memory;
-    }
-    return {p.qweight, table, p.n, p.k, p.row_bytes, p.layout};
   }
 
   // Row `id` of Q H S, scaled, into row `index` of the output; `row` is scratch for k floats,
@@ -85,8 +69,8 @@ struct Embedding {
     if (!rows || !no_signs) return PCDVQ_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
-      alignas(64) int8_t table[kTableBytes];
-      const Weights weights = make_weights(table);
+      const Weights weights = {p.qweight, p.codewords, p.n, p.k, p.row_bytes, p.layout,
+                               p.packed != 0};
       float* row = rows.get() + thread_index() * row_floats;
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < p.count; ++i) look_up(weights, no_signs.get(), i, row);

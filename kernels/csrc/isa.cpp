@@ -10,7 +10,6 @@ constexpr SignMasks make_sign_masks() {
   for (uint32_t s = 0; s < 256; ++s) {
     for (uint32_t j = 0; j < 8; ++j) table.lanes[s][j] = (s >> j & 1) << 31;
     for (uint32_t j = 0; j < 8; ++j) table.factors[s][j] = s >> j & 1 ? -1 : 1;
-    for (uint32_t j = 0; j < 8; ++j) table.parity[s] ^= s >> j & 1;
   }
   return table;
 }
@@ -29,16 +28,14 @@ const Kernels* kernels_for(int32_t isa) {
 
 }  // namespace pcdvq
 
-void pcdvq_struct_bytes(int64_t bytes[9]) {
+void pcdvq_struct_bytes(int64_t bytes[7]) {
   bytes[0] = sizeof(PcdvqLinear);
   bytes[1] = sizeof(PcdvqEmbedding);
   bytes[2] = sizeof(PcdvqMoe);
   bytes[3] = sizeof(PcdvqNearest);
-  bytes[4] = sizeof(PcdvqTrellis);
-  bytes[5] = sizeof(PcdvqVptqSegment);
-  bytes[6] = sizeof(PcdvqVptq);
-  bytes[7] = sizeof(PcdvqPrepack);
-  bytes[8] = sizeof(PcdvqWindows);
+  bytes[4] = sizeof(PcdvqVptqSegment);
+  bytes[5] = sizeof(PcdvqVptq);
+  bytes[6] = sizeof(PcdvqPrepack);
 }
 
 int32_t pcdvq_best_isa() {
@@ -52,6 +49,7 @@ int32_t pcdvq_best_isa() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vbmi") &&
+                      __builtin_cpu_supports("avx512vbmi2") &&
                       __builtin_cpu_supports("avx512bitalg") &&
                       __builtin_cpu_supports("avx512vnni");
   if (avx2 && avx512) return PCDVQ_ISA_AVX512;

@@ -20,15 +20,12 @@ inline int64_t run_place(int64_t run) { return 32 * (run % 4) + 16 * (run / 4); 
 constexpr int64_t kPanelColumns = 256;
 constexpr int64_t kPanelRows = 24;
 
-// Rows of a segment of the trellis codec, and its largest number of states (FORMAT.md).
-constexpr int64_t kSegmentRows = 16;
-constexpr int64_t kMaxStates = 16;
-
 struct Weights {
   const uint8_t* qweight;  // [n, row_bytes], or packed for BlockDecoder
-  const int8_t* table;     // what `expand` made, or the codewords
+  const int8_t* table;     // the codewords
   int64_t n, k, row_bytes;
   PcdvqLayout layout;
+  bool packed;
 };
 
 // Weight rows of a block and its steps of four columns; what a block is block_decode.h says.
@@ -42,7 +39,7 @@ constexpr int64_t kStepBytes = 4 * kBlockRows;
 using BlocksFn = void (*)(const Weights&, int64_t row, int64_t rows, int64_t first, int64_t blocks,
                           int64_t step, uint8_t* levels);
 
-// Rows of int8 activations for blocks, in the order of steps.
+// Rows of int8 activations for blocks.
 struct BlockRows {
   int8_t* levels;        // of a row and a block kScaleColumns, row * stride + block * block_stride on
   float* scales;         // [rows, scale_stride], one for each block
@@ -56,8 +53,8 @@ struct BlockRows {
   }
 };
 
-// acc [x_rows, kBlockRows] += x times weight rows [row, row + rows), at most kBlockRows. The levels of
-// the rows of x are [blocks, x_rows, kScaleColumns].
+// acc [x_rows, strips * kBlockRows] += x times weight rows [row, row + rows), at most those of the
+// decoder's strips. The levels of the rows of x are [blocks, x_rows, kScaleColumns].
 using BlockDotFn = void (*)(const Weights&, int64_t row, int64_t rows, const BlockRows& x,
                             float* acc);
 
@@ -88,37 +85,29 @@ using DotFn = void (*)(const Weights&, int64_t row, int64_t rows, const ByteRow&
 using DotsFn = void (*)(const Weights&, int64_t row, int64_t rows, const WordRows& x,
                         int64_t x_rows, float* out);
 
-// Bytes of the largest expanded table.
-constexpr int64_t kTableBytes = 32768;
-
 struct Decoder {
   DecodeFn decode;
   DotFn dot;    // null: there is none, and `dots` or panels are used
   DotsFn dots;  // likewise
-  // Makes the table of a codebook: [<= kTableBytes]. Null: the codewords are used.
-  void (*expand)(const int8_t* codewords, int8_t* table);
 };
 
 // Rows of activations that are multiplied with blocks while those are decoded.
 constexpr int kFewRows[] = {1, 2, 4, 6, 8};
 constexpr int kFewKinds = sizeof(kFewRows) / sizeof(kFewRows[0]);
 
-struct BlockDecoder {
-  BlocksFn decode;
-  BlockDotFn dot[kFewKinds];                               // for so many rows of x each
-  void (*expand)(const int8_t* codewords, int8_t* table);  // as above
-  int64_t codeword_bytes;                                  // that `expand` reads
-
-  // Of packed codes only. A packed weight is [strips of kBlockRows rows][blocks][block_bytes].
-  void (*pack)(const Weights& rows, int64_t strip, uint8_t* out);  // one strip
-  int64_t block_bytes;
-
-  // Steps have a coordinate of four codes of so many columns each; 0: four columns in order.
-  int64_t order_dim;
-};
-
 // Strips of kBlockRows weight rows that share reads of activations.
 constexpr int64_t kPanelStrips = 4;
+
+struct BlockDecoder {
+  BlocksFn decode;
+  BlockDotFn dot[kFewKinds];  // for so many rows of x each
+  int64_t strips;             // that a product takes at a time: 1 or kPanelStrips
+
+  // Of packed codes only. A packed weight is [strips of kBlockRows rows][blocks][block_bytes], or
+  // [blocks][strips][block_bytes] of each kPanelStrips strips where products take so many.
+  void (*pack)(const Weights& rows, int64_t strip, uint8_t* out);  // `strips` of them
+  int64_t block_bytes;
+};
 
 // Activations against the blocks of kPanelStrips strips.
 struct BlockTiles {
@@ -163,8 +152,8 @@ struct BlockKernels {
   // Of packed codes or rows of codes; `decode` is null where the layout is not packed.
   BlockDecoder (*decoder)(const PcdvqLayout&, bool packed);
 
-  // Quantizes `columns` rotated activations, in the order of columns; `x` has room for whole blocks.
-  void (*quantize)(float* x, int64_t columns, int64_t order_dim, const BlockRows& out);
+  // Quantizes `columns` rotated activations; `x` has room for whole blocks.
+  void (*quantize)(float* x, int64_t columns, const BlockRows& out);
 
   // acc += x times the blocks.
   void (*accumulate)(const BlockTiles&);
@@ -205,13 +194,6 @@ struct Kernels {
 
   // Nearest codewords of groups [first, first + groups), at most kNearestGroups of them.
   void (*nearest)(const PcdvqNearest& problem, int64_t first, int64_t groups);
-
-  // Trellis codes of chains [first, first + count), at most 4 * lanes of them. Chain i is column
-  // group i % groups of segment i / groups.
-  void (*trellis)(const PcdvqTrellis& problem, int64_t first, int64_t count);
-
-  // Codes of codec `compact` of chains [first, first + count), at most `lanes` of them.
-  void (*windows)(const PcdvqWindows& problem, int64_t first, int64_t count);
 
   void (*vptq)(const VptqStrip& strip);
 

@@ -6,16 +6,14 @@
 #include "quantize.h"
 #include "rotate.h"
 #include "tile.h"
-#include "trellis.h"
 #include "vptq.h"
-#include "window_search.h"
 
 namespace pcdvq {
 namespace {
 
 const Kernels kKernels = {
     Vec::kLanes, find_decoder, rotate, order_floats, quantize_int8, quantize_int16, to_floats,
-    to_int16, accumulate, accumulate_int, reduce, reduce_int, nearest, trellis, window_search,
+    to_int16, accumulate, accumulate_int, reduce, reduce_int, nearest,
     vptq, kBlocks,
 };
 

@@ -2,6 +2,8 @@
 #include "numeric.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,popcnt,bmi,bmi2"))), \
                              apply_to = function)
@@ -34,12 +36,7 @@ inline void take_greater(Vec score, int32_t c, Vec& best, Index& index) {
 }  // namespace pcdvq
 
 #include "dot.h"
-namespace pcdvq {
-namespace {
-constexpr const BlockKernels* kBlocks = nullptr;
-}  // namespace
-}  // namespace pcdvq
-
+#include "block_trellis_avx2.h"
 #include "kernels.h"
 
 namespace pcdvq {

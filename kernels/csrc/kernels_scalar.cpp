@@ -9,22 +9,13 @@ namespace {
 struct Levels {
   int8_t v[8];
 
-  static Levels load8(const int8_t* p) { return load4(p, p + 4); }
-  // Four at each pointer.
-  static Levels load4(const int8_t* a, const int8_t* b) {
+  static Levels load8(const int8_t* p) {
     Levels r;
-    std::memcpy(r.v, a, 4);
-    std::memcpy(r.v + 4, b, 4);
+    std::memcpy(r.v, p, 8);
     return r;
   }
 
   void store8(int8_t* p) const { std::memcpy(p, v, 8); }
-
-  Levels negate(uint64_t signs) const {
-    Levels r;
-    for (int i = 0; i < 8; ++i) r.v[i] = int8_t(v[i] * kSignMasks.factors[signs][i]);
-    return r;
-  }
 };
 
 struct Vec8 {

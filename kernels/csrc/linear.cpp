@@ -13,8 +13,7 @@ PcdvqStatus Linear::run_dot(int threads) const {
   if (!scratch) return PCDVQ_NO_MEMORY;
 #pragma omp parallel num_threads(threads)
   {
-    alignas(64) int8_t table[kTableBytes];
-    const Weights weights = make_weights(table);
+    const Weights w = weights();
     float* mine = scratch.get() + thread_index() * thread_floats;
     int8_t* levels = reinterpret_cast<int8_t*>(mine);
     float* scales = mine + levels_floats;
@@ -29,7 +28,7 @@ PcdvqStatus Linear::run_dot(int threads) const {
     for (int64_t i = 0; i < panels(); ++i) {
       const int64_t n0 = i * kPanelRows, rows = std::min(kPanelRows, p.n - n0);
       float sums[kPanelRows];
-      decoder.dot(weights, n0, rows, {levels, scales}, sums);
+      decoder.dot(w, n0, rows, {levels, scales}, sums);
       for (int64_t r = 0; r < rows; ++r) write(sums[r], 0, n0 + r);
     }
   }
@@ -97,8 +96,7 @@ struct Dots {
     const int64_t runs = linear.rotate_units();
 #pragma omp parallel num_threads(threads)
     {
-      alignas(64) int8_t table[kTableBytes];
-      const Weights weights = linear.make_weights(table);
+      const Weights weights = linear.weights();
       float* buffer = rotated.get() + thread_index() * linear.run_floats();
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < p.m * runs; ++i) prepare(i / runs, i % runs, buffer);
@@ -126,7 +124,6 @@ struct Panels {
 
   // Of a thread.
   struct Scratch {
-    alignas(64) int8_t table[kTableBytes];
     alignas(64) int8_t levels[kPanelRows * kPanelColumns];
     alignas(64) T panel[kPanelRows * kPanelColumns];
     Buffer<float> acc;      // [block_rows, kPanelRows, lanes]
@@ -186,7 +183,7 @@ struct Panels {
   // What every thread does.
   void work(Scratch& s) const {
     const int64_t runs = linear.rotate_units();
-    const Weights weights = linear.make_weights(s.table);
+    const Weights weights = linear.weights();
     for (int64_t m0 = 0; m0 < p.m; m0 += block_rows) {
       const int64_t rows = std::min(block_rows, p.m - m0);
       if (m0 > 0) {  // other threads may still read the rows rotated before
@@ -218,9 +215,9 @@ struct Panels {
 
 PcdvqStatus Linear::run() const {
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, panels())));
-  if (p.packed && !Blocks::takes(p, kernels)) return PCDVQ_NO_ISA;
+  if (Blocks::takes(p, kernels)) return Blocks(*this, threads).run(threads);
+  if (p.packed) return PCDVQ_NO_ISA;
   if (floats) return Panels<float>(*this).run(threads);
-  if (kernels.blocks && p.layout.activations == PCDVQ_INT8) return Blocks(*this, threads).run(threads);
   if (p.m > kDotRows || !decoder.dots) return Panels<int16_t>(*this).run(threads);
   const bool bytes = p.m == 1 && p.layout.activations == PCDVQ_INT8 && decoder.dot;
   return bytes ? run_dot(threads) : Dots(*this, threads).run(threads);

@@ -60,10 +60,8 @@ struct Linear {
     return columns;
   }
 
-  // Every thread makes its own table, in its own L1: less work than fetching another thread's.
-  Weights make_weights(int8_t* table) const {
-    if (decoder.expand) decoder.expand(p.codewords, table);
-    return {p.qweight, decoder.expand ? table : p.codewords, p.n, p.k, p.row_bytes, p.layout};
+  Weights weights() const {
+    return {p.qweight, p.codewords, p.n, p.k, p.row_bytes, p.layout, p.packed != 0};
   }
 
   // Fetches the codes of weight rows [n0, n0 + rows), `count` parts of a row's `parts` from part `part`

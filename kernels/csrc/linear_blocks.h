@@ -2,7 +2,6 @@
 #pragma once
 
 #include "linear.h"
-#include "table_cache.h"
 
 namespace pcdvq {
 namespace {
@@ -28,7 +27,6 @@ struct Blocks {
 
   // Of a thread.
   struct Scratch {
-    alignas(64) int8_t table[kTableBytes];
     alignas(64) uint8_t levels[kChunk * kBlockSteps * kPanelStrips * kStepBytes];
     float bias[kPanelOutputs];
     Buffer<float> acc;      // [rows, kPanelOutputs]
@@ -49,10 +47,10 @@ struct Blocks {
         scales(allocate<float>(copies * padded_rows() * blocks)),
         corrections(allocate<int32_t>(copies * padded_rows() * blocks)) {}
 
-  // Whether these kernels take a weight packed as this one.
+  // Whether these kernels take a weight packed, or not, as this one.
   static bool takes(const PcdvqLinear& p, const Kernels& kernels) {
     return kernels.blocks && p.layout.activations == PCDVQ_INT8 &&
-           kernels.blocks->decoder(p.layout, true).decode;
+           kernels.blocks->decoder(p.layout, p.packed).decode;
   }
 
   int64_t padded_rows() const { return few == kMany ? rows : kFewRows[few]; }
@@ -74,8 +72,7 @@ struct Blocks {
   void prepare(int64_t m, int64_t run, int64_t row, float* rotated) const {
     const int64_t columns = linear.rotate(m, run, rotated);
     const int64_t first = run * linear.rotate_run();
-    kernels.quantize(rotated, columns, decoder.order_dim,
-                     activations().from(row, first / kScaleColumns));
+    kernels.quantize(rotated, columns, activations().from(row, first / kScaleColumns));
   }
 
   // Outputs [m0, m0 + count) x [n0, n0 + outputs).
@@ -92,12 +89,14 @@ struct Blocks {
     }
   }
 
-  // Few rows of activations, from row `row` on, times a strip.
-  void strip(const Weights& weights, int64_t row, int64_t index, Scratch& s) const {
-    const int64_t n0 = index * kBlockRows, outputs = std::min(kBlockRows, p.n - n0);
-    std::fill(s.acc.get(), s.acc.get() + padded_rows() * kBlockRows, 0.0f);
+  // Few rows of activations, from row `row` on, times the strips of a product, the first of which is
+  // `first`.
+  void few_rows(const Weights& weights, int64_t row, int64_t first, Scratch& s) const {
+    const int64_t n0 = first * kBlockRows, most = decoder.strips * kBlockRows;
+    const int64_t outputs = std::min(most, p.n - n0);
+    std::fill(s.acc.get(), s.acc.get() + padded_rows() * most, 0.0f);
     decoder.dot[few](weights, n0, outputs, activations().from(row, 0), s.acc.get());
-    write(0, p.m, n0, outputs, kBlockRows, s);
+    write(0, p.m, n0, outputs, most, s);
   }
 
   // `count` rows of activations, which are rows m0 and on of x, times kPanelStrips strips.
@@ -106,10 +105,10 @@ struct Blocks {
     std::fill(s.acc.get(), s.acc.get() + count * kPanelOutputs, 0.0f);
     for (int64_t block = 0; block < blocks; block += kChunk) {
       const int64_t chunk = std::min(kChunk, blocks - block);
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t n0 = i * kBlockRows;
-        if (!p.packed) linear.prefetch(n0 + kPanelOutputs, kBlockRows, block, kChunk, blocks);
-        decoder.decode(weights, n0, std::min(kBlockRows, p.n - n0), block, chunk,
+      for (int64_t i = first; i < last; i += decoder.strips) {
+        const int64_t n0 = i * kBlockRows, most = decoder.strips * kBlockRows;
+        if (!p.packed) linear.prefetch(n0 + kPanelOutputs, most, block, kChunk, blocks);
+        decoder.decode(weights, n0, std::min(most, p.n - n0), block, chunk,
                        kPanelStrips * kStepBytes, s.levels + (i - first) * kStepBytes);
       }
       kernels.accumulate({activations().from(0, block), count, chunk, s.levels, s.acc.get()});
@@ -120,15 +119,13 @@ struct Blocks {
 
   // What every thread does.
   void work(Scratch& s) const {
-    const int8_t* table =
-        decoder.expand ? TableCache::get(decoder, p.codewords, s.table) : p.codewords;
-    const Weights weights = {p.qweight, table, p.n, p.k, p.row_bytes, p.layout};
+    const Weights weights = linear.weights();
     const int64_t runs = linear.rotate_units();
     if (copies > 1) {  // a row takes less time to prepare than threads to wait for each other
       const int64_t mine = thread_index();
       for (int64_t i = 0; i < runs; ++i) prepare(0, i, mine, s.rotated.get());
 #pragma omp for schedule(dynamic, kPanelStrips) nowait
-      for (int64_t i = 0; i < strips; ++i) strip(weights, mine, i, s);
+      for (int64_t i = 0; i < strips; i += decoder.strips) few_rows(weights, mine, i, s);
       return;
     }
     for (int64_t m0 = 0; m0 < p.m; m0 += rows) {
@@ -145,7 +142,7 @@ struct Blocks {
         for (int64_t i = 0; i < strips; i += kPanelStrips) panel(weights, m0, count, i, s);
       } else {
 #pragma omp for schedule(dynamic, kPanelStrips) nowait
-        for (int64_t i = 0; i < strips; ++i) strip(weights, 0, i, s);
+        for (int64_t i = 0; i < strips; i += decoder.strips) few_rows(weights, 0, i, s);
       }
     }
   }

@@ -34,22 +34,20 @@ enum PcdvqActivations : int64_t { PCDVQ_INT8 = 0, PCDVQ_INT16 = 1, PCDVQ_FLOAT =
 struct PcdvqLayout {
   int64_t hadamard_block;
   int64_t vector_dim;
-  int64_t sign_bits;
-  int64_t parity;
   int64_t pattern_bits;
   int64_t magnitude_bits;
-  int64_t rotation_bits;
-  int64_t state_bits;
+  int64_t chain_rows;    // of codec trellis: rows of a segment, else 0
   int64_t activations;   // a PcdvqActivations
   int64_t pyramid_rows;  // of the codewords, where they are tables of pyramid codes, else 0
 };
 
 struct PcdvqLinear {
   const void* x;              // x_dtype [m, k]
-  const uint8_t* qweight;     // [n, row_bytes], or what pcdvq_prepack made of it
+  const uint8_t* qweight;     // [rows, row_bytes], or what pcdvq_prepack made of it; rows are n, or
+                              // of codec trellis n rounded up to whole chains
   const float* row_scale;     // [n]
   const uint8_t* signs_in;    // [k / 8]
-  const int8_t* codewords;    // int8 [codewords, vector_dim] (FORMAT.md)
+  const int8_t* codewords;    // int8 [codewords, vector_dim] (FORMAT.md); trellis: none
   const void* bias;           // bias_dtype [n], or null
   void* out;                  // x_dtype [m, n]
   int64_t m, n, k, row_bytes;
@@ -60,8 +58,9 @@ struct PcdvqLinear {
 
 // Codes in the order in which pcdvq_linear reads them: a sequential stream.
 struct PcdvqPrepack {
-  const uint8_t* qweight;  // [n, row_bytes]
-  uint8_t* out;            // [ceil(n / 16), ceil(k / 64), pcdvq_packed_bytes]
+  const uint8_t* qweight;  // as in PcdvqLinear
+  uint8_t* out;            // pcdvq_packed_bytes for every 16 rows and 64 columns; of codec trellis for
+                           // every 64 rows and 64 columns four times as many
   int64_t n, k, row_bytes;
   PcdvqLayout layout;
   int32_t threads, isa;
@@ -69,7 +68,7 @@ struct PcdvqPrepack {
 
 struct PcdvqEmbedding {
   const int64_t* ids;         // [count]
-  const uint8_t* qweight;     // [n, row_bytes], or what pcdvq_prepack made of it
+  const uint8_t* qweight;     // as in PcdvqLinear
   const float* row_scale;     // [n]
   const uint8_t* signs_in;    // [k / 8]
   const int8_t* codewords;    // as in PcdvqLinear
@@ -82,7 +81,7 @@ struct PcdvqEmbedding {
 
 // The same linear layer of every expert; they share input signs.
 struct PcdvqExperts {
-  const uint8_t* qweight;    // [experts, n, row_bytes]
+  const uint8_t* qweight;    // [experts, n, row_bytes]; of codec trellis n must be whole chains
   const float* row_scale;    // [experts, n]
   const uint8_t* signs_in;   // [k / 8]
   int64_t n, k, row_bytes;
@@ -108,25 +107,6 @@ struct PcdvqNearest {
   int32_t* out;            // [groups]
   int64_t groups, count;
   int32_t dim, threads, isa;  // dim: 2, 4 or 8
-};
-
-struct PcdvqTrellis {
-  const float* x;           // [rows, groups, dim]
-  const float* row_weight;  // [rows]
-  const float* codewords;   // [2^(state_bits + field_bits + parity), dim]
-  const float* bias;        // [2^(state_bits + field_bits + parity)], half of |codeword|^2
-  int32_t* out;             // [rows, groups]
-  int64_t rows, groups;
-  int32_t dim, parity, field_bits, state_bits, threads, isa;  // dim: 2, 4 or 8
-};
-
-struct PcdvqWindows {
-  const float* x;           // [rows, groups, 4]
-  const float* row_weight;  // [rows]
-  const float* table;       // [128, 4]
-  int32_t* out;             // [rows, groups]
-  int64_t rows, groups;
-  int32_t code_bits, threads, isa;  // code_bits: 8, 12 or 16
 };
 
 // What follows from a layout for layers of k columns.
@@ -190,7 +170,7 @@ struct PcdvqVptq {
 
 // Bytes of each problem's struct above, from PcdvqLinear on: a caller made for another version of this
 // interface must not call it.
-PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[9]);
+PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[7]);
 
 // The best PcdvqIsa of this CPU.
 PCDVQ_API int32_t pcdvq_best_isa();
@@ -214,12 +194,6 @@ PCDVQ_API int32_t pcdvq_moe(const PcdvqMoe* problem);
 
 // out[i] = argmax over c of x[i] . codewords[c] - bias[c], the lowest c of equals.
 PCDVQ_API int32_t pcdvq_nearest(const PcdvqNearest* problem);
-
-// Codes of the trellis codec that minimise the weighted squared error of each segment's paths.
-PCDVQ_API int32_t pcdvq_trellis(const PcdvqTrellis* problem);
-
-// The same of codec `compact`.
-PCDVQ_API int32_t pcdvq_windows(const PcdvqWindows* problem);
 
 // Makes pcdvq_linear torch's `pcdvq::linear` for CPU tensors; the operator must be defined. Calls
 // that do not fit a shape accepted before go through `in_python`. Returns 0 for success.

@@ -28,19 +28,6 @@ inline PyramidPoint pyramid_point(const int8_t* table, uint32_t code, int code_b
           table + load_as<uint32_t>(range + 20) + 4 * int64_t(rest % divisor), range + 24};
 }
 
-// Codes of a weight row and, for its states, of the row above; `keep` is 0 where a segment starts
-// and all ones elsewhere.
-struct Row {
-  const uint8_t* codes;
-  const uint8_t* above;
-  uint64_t keep;
-};
-
-inline Row weight_row(const Weights& w, int64_t row) {
-  const uint8_t* codes = w.qweight + row * w.row_bytes;
-  return row % kSegmentRows ? Row{codes, codes - w.row_bytes, ~uint64_t(0)} : Row{codes, codes, 0};
-}
-
 // What `decode` of codec.h asks for, for codes of any length.
 struct PyramidCodec {
   const int8_t* const table;
@@ -51,8 +38,8 @@ struct PyramidCodec {
   int octet_bits() const { return code_bits_; }
   int read_bytes() const { return 8; }
 
-  inline Levels octet(const Row& row, int64_t bit) const {
-    const uint64_t word = load_as<uint64_t>(row.codes + (bit >> 3)) >> (bit & 7);
+  inline Levels octet(const uint8_t* codes, int64_t bit) const {
+    const uint64_t word = load_as<uint64_t>(codes + (bit >> 3)) >> (bit & 7);
     const uint32_t code = uint32_t(word & ((uint64_t(1) << code_bits_) - 1));
     const PyramidPoint point = pyramid_point(table, code, code_bits_);
     const int scale = load_as<int16_t>(point.scale);

@@ -9,16 +9,10 @@ namespace {
 
 template <int CODE_BITS>
 struct Pyramids {
-  static constexpr int kPieces = 1;
-  static constexpr int kVectors = kUnitVectors;
   // A unit's load takes so many steps one after another that several must be under way at once.
   static constexpr bool kRowsFirst = true;
   static constexpr int kHalfBytes = CODE_BITS;  // 8 codes
   static constexpr int kUnitBytes = 2 * kHalfBytes;
-  using States = NoStates;
-
-  static PCDVQ_INLINE States no_states() { return {}; }
-  static PCDVQ_INLINE States states_of(const uint8_t*) { return {}; }
 
   // Four codes of each half of a unit at a time, from the first or the last 16 bytes of the halves.
   struct Constants {
@@ -74,7 +68,7 @@ struct Pyramids {
     PCDVQ_INLINE void find(const int8_t* table, Bytes code) {
       alignas(32) uint32_t tops[8];
       store(tops, _mm256_srli_epi32(code, CODE_BITS - kRangeBits));
-      __asm__("" : "+m"(tops));  // as in lookup.h
+      __asm__("" : "+m"(tops));  // or gcc would take them from the register one by one
       const int8_t* ranges[8];
       for (int i = 0; i < 8; ++i) {
         ranges[i] = table + 8 * int64_t(load_as<uint16_t>(table + 2 * int64_t(tops[i])));
@@ -114,11 +108,11 @@ struct Pyramids {
   struct Unit {
     Piece pieces[2];
 
-    PCDVQ_INLINE void load(const int8_t* table, const uint8_t* unit, int, States&) {
+    PCDVQ_INLINE void load(const int8_t* table, const uint8_t* unit) {
       for (int i = 0; i < 2; ++i) pieces[i].find(table, codes(unit, i));
     }
 
-    PCDVQ_INLINE Bytes signed_levels(const int8_t* table, int v) const {
+    PCDVQ_INLINE Bytes levels(const int8_t* table, int v) const {
       const Piece& piece = pieces[v / 2];
       const int i = v % 2 * 2;
       const __m128i low = piece.points(table, i), high = piece.points(table, 4 + i);

@@ -16,16 +16,7 @@ struct Levels {
   static Levels load8(const int8_t* p) {
     return {_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))};
   }
-  // Four at each pointer.
-  static Levels load4(const int8_t* a, const int8_t* b) {
-    return {_mm_insert_epi32(_mm_cvtsi32_si128(load_as<int32_t>(a)), load_as<int32_t>(b), 1)};
-  }
   void store8(int8_t* p) const { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), v); }
-
-  Levels negate(uint64_t signs) const {
-    const auto* factors = reinterpret_cast<const __m128i*>(kSignMasks.factors[signs]);
-    return {_mm_sign_epi8(v, _mm_loadu_si128(factors))};
-  }
 };
 
 struct Vec8 {

@@ -9,7 +9,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pcdvq_kernels import pyramid, windows
+from pcdvq_kernels import pyramid, trellis
 from pcdvq_kernels.config import (
     DEFAULT_ACTIVATIONS,
     MAX_CODE_BITS,
@@ -18,12 +18,12 @@ from pcdvq_kernels.config import (
 )
 from pcdvq_kernels.errors import PCDVQError
 
-MAX_STATE_BITS = 4
-INT8_FIELDS = (1, 0, 0, 8, 0, 0, 0)  # of a layout whose codes are the levels
+INT8_FIELDS = (1, 8, 0, 0)  # of a layout whose codes are the levels
 # By their number in a layout.
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 # Of a block of a weight that `cpu.prepack` has packed.
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 64
+TILE_BLOCKS = 4  # that chains run through
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,32 +32,19 @@ class LayoutFields(NamedTuple):
 
     hadamard_block: int
     vector_dim: int
-    sign_bits: int
-    parity: int
     pattern_bits: int
     magnitude_bits: int
-    rotation_bits: int
-    state_bits: int
+    chain_rows: int
     activations: int = ACTIVATIONS.index(DEFAULT_ACTIVATIONS)
     pyramid_rows: int = 0  # of the codewords, where they are `pyramid.make_tables`
 
     @property
     def code_bits(self) -> int:
-        return self.sign_bits + self.pattern_bits + self.magnitude_bits
-
-    @property
-    def windows(self) -> bool:
-        """Whether coordinates select codewords one by one: codec `compact`."""
-        return self.state_bits > 0 and not self.sign_bits
+        return self.pattern_bits + self.magnitude_bits
 
     @property
     def codeword_count(self) -> int:
-        if self.windows:
-            return 1 << windows.INDEX_BITS
-        if self.pyramid_rows:
-            return self.pyramid_rows
-        fields = self.state_bits + self.pattern_bits - self.rotation_bits + self.magnitude_bits
-        return 1 << (fields + self.parity)
+        return 0 if self.chain_rows else self.pyramid_rows or 1 << self.code_bits
 
 
 class LinearShape(NamedTuple):
@@ -74,10 +61,17 @@ class LinearShape(NamedTuple):
         codes = BLOCK_ROWS * BLOCK_COLUMNS // self.layout.vector_dim
         return codes * self.layout.code_bits // 8
 
+    def stored_rows(self, rows: int) -> int:
+        """Rows of `qweight` of a layer of `rows` outputs: whole chains."""
+        multiple = self.layout.chain_rows or 1
+        return -(-rows // multiple) * multiple
+
     def packed_shape(self, rows: int) -> tuple[int, int, int]:
         """Shape of a weight of `rows` rows that `cpu.prepack` has packed."""
         blocks = -(-self.in_features // BLOCK_COLUMNS)
-        return -(-rows // BLOCK_ROWS), blocks, self.block_bytes
+        together = TILE_BLOCKS if self.layout.chain_rows else 1
+        tiles = -(-rows // (together * BLOCK_ROWS))
+        return tiles * together, blocks, self.block_bytes
 
 
 @lru_cache(maxsize=256)
@@ -91,12 +85,10 @@ def linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
     fields = LayoutFields(*layout)
     block = fields.hadamard_block
     problems = {
-        "vector_dim must be 2, 4 or 8, or 1 with 8 pattern bits alone": fields.vector_dim
-        not in (2, 4, 8)
-        and layout[1:8] != INT8_FIELDS,
-        "sign_bits must be 0 or vector_dim": fields.sign_bits not in (0, fields.vector_dim),
-        "parity must be 0, or 1 with sign bits": fields.parity not in (0, 1)
-        or fields.parity > fields.sign_bits,
+        "vector_dim must be 8, 2 with chains, or 1 with 8 pattern bits alone": not (
+            _fits_trellis(fields) if fields.chain_rows else fields.vector_dim == 8
+        )
+        and layout[1:5] != INT8_FIELDS,
         f"pattern_bits must be in [1, {MAX_PATTERN_BITS}]": not fields.pyramid_rows
         and not 1 <= fields.pattern_bits <= MAX_PATTERN_BITS,
         "magnitude_bits must be in [0, 4]": not 0 <= fields.magnitude_bits <= 4,
@@ -104,17 +96,6 @@ def linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
         and fields.code_bits > MAX_CODE_BITS,
         "pyramid_rows must be 0, or positive beside 12 to 32 pattern bits": fields.pyramid_rows != 0
         and not _fits_pyramid(fields),
-        "rotation_bits must be 0 or those of vector_dim": fields.rotation_bits != 0
-        and 1 << fields.rotation_bits != fields.vector_dim,
-        "state_bits must be in [0, 4]": not fields.windows
-        and not 0 <= fields.state_bits <= MAX_STATE_BITS,
-        "states without signs are those of codec compact": fields.windows
-        and not _fits_windows(fields),
-        "rotation and state bits must be pattern bits beside signs, without magnitude bits": not (
-            fields.windows
-        )
-        and max(fields.rotation_bits, fields.state_bits)
-        > (0 if fields.magnitude_bits or not fields.sign_bits else fields.pattern_bits),
         f"activations must be in [0, {len(ACTIVATIONS) - 1}]": not 0
         <= fields.activations
         < len(ACTIVATIONS),
@@ -134,22 +115,20 @@ def linear_shape(layout: tuple[int, ...], in_features: int) -> LinearShape:
     return LinearShape(fields, row_bytes, codewords_shape, in_features)
 
 
-def _fits_windows(fields: LayoutFields) -> bool:
-    others = fields.parity, fields.magnitude_bits, fields.rotation_bits, fields.pyramid_rows
+def _fits_trellis(fields: LayoutFields) -> bool:
     return (
-        fields.vector_dim == windows.DIM
-        and not any(others)
-        and fields.pattern_bits in windows.CODE_BITS
-        and fields.state_bits == windows.state_bits(fields.pattern_bits)
+        fields.vector_dim == trellis.PAIR
+        and fields.chain_rows in trellis.CHAIN_ROWS
+        and fields.pattern_bits in trellis.CODE_BITS
+        and not (fields.magnitude_bits or fields.pyramid_rows)
     )
 
 
 def _fits_pyramid(fields: LayoutFields) -> bool:
-    others = fields[2:4] + fields[5:8]
     return (
         fields.pyramid_rows > 0
         and fields.vector_dim == pyramid.DIM
-        and not any(others)
+        and not (fields.magnitude_bits or fields.chain_rows)
         and pyramid.MIN_CODE_BITS <= fields.pattern_bits <= pyramid.MAX_CODE_BITS
     )
 
@@ -157,13 +136,13 @@ def _fits_pyramid(fields: LayoutFields) -> bool:
 def _check_codes(
     shape: LinearShape, qweight: Tensor, row_scale: Tensor, device: torch.device
 ) -> tuple[int, ...]:
-    """The number of rows of packed or plain codes, alone in a tuple."""
+    """The number of outputs of packed or plain codes, alone in a tuple."""
+    rows = row_scale.shape[:1]
     if qweight.dim() == 3:
-        rows = row_scale.shape[:1]
         expect("packed qweight", qweight, torch.uint8, shape.packed_shape(sum(rows)), device)
-        return rows
-    rows = qweight.shape[:1]
-    expect("qweight", qweight, torch.uint8, (*rows, shape.row_bytes), device)
+    else:
+        stored = shape.stored_rows(sum(rows)), shape.row_bytes
+        expect("qweight", qweight, torch.uint8, stored, device)
     return rows
 
 
@@ -237,6 +216,10 @@ def check_moe(
         qweight, row_scale, signs_in = tensors
         shape = linear_shape(tuple(layout), columns)
         stacked = experts, rows, shape.row_bytes
+        if rows % (shape.layout.chain_rows or 1):
+            raise PCDVQError(
+                f"{name} has {rows} rows, no multiple of chain_rows {shape.layout.chain_rows}"
+            )
         expect(f"{name} qweight", qweight, torch.uint8, stacked, x.device)
         expect(f"{name} row_scale", row_scale, torch.float32, stacked[:2], x.device)
         expect(f"{name} signs_in", signs_in, torch.uint8, (columns // 8,), x.device)
@@ -328,47 +311,17 @@ def check_nearest(x: Tensor, codewords: Tensor, bias: Tensor) -> None:
             )
 
 
-def check_trellis(
-    x: Tensor, row_weight: Tensor, codewords: Tensor, parity: bool, state_bits: int
-) -> int:
-    """Raise PCDVQError unless the arguments of `trellis_codes` fit together.
-
-    Returns:
-        Bits of the fields beside the signs.
-    """
-    if x.dtype != torch.float32 or x.dim() != 3 or x.shape[2] not in (2, 4, 8):
-        raise PCDVQError(f"x is {_describe(x)}; expected fp32 [N, G, dim] with dim 2, 4 or 8")
-    if not 1 <= state_bits <= MAX_STATE_BITS:
-        raise PCDVQError(f"state_bits is {state_bits}; expected 1 to {MAX_STATE_BITS}")
-    count = codewords.shape[0] if codewords.dim() else 0
-    field_bits = count.bit_length() - 1 - state_bits - parity
-    if count != 1 << max(0, field_bits + state_bits + parity) or field_bits < state_bits:
+def check_chains(x: Tensor, row_weight: Tensor, code_bits: int, chain_rows: int) -> None:
+    """Raise PCDVQError unless the arguments of `chain_codes` fit together."""
+    if code_bits not in trellis.CODE_BITS or chain_rows not in trellis.CHAIN_ROWS:
         raise PCDVQError(
-            f"codewords is {_describe(codewords)}; expected a power of two of them, at least "
-            f"{1 << (2 * state_bits + parity)}"
+            f"code_bits is {code_bits} and chain_rows {chain_rows}; expected "
+            f"{trellis.CODE_BITS[0]} to {trellis.CODE_BITS[-1]} and one of {trellis.CHAIN_ROWS}"
         )
-    for name, tensor, shape in (
-        ("row_weight", row_weight, x.shape[:1]),
-        ("codewords", codewords, (count, x.shape[2])),
-    ):
-        if tensor.dtype != x.dtype or tensor.shape != shape or tensor.device != x.device:
-            raise PCDVQError(
-                f"{name} is {_describe(tensor)}; expected {x.dtype} {list(shape)} on {x.device}"
-            )
-    return field_bits
-
-
-def check_windows(x: Tensor, row_weight: Tensor, table: Tensor, code_bits: int) -> None:
-    """Raise PCDVQError unless the arguments of `window_codes` fit together."""
-    if x.dtype != torch.float32 or x.dim() != 3 or x.shape[2] != windows.DIM:
-        raise PCDVQError(f"x is {_describe(x)}; expected fp32 [N, G, {windows.DIM}]")
-    if code_bits not in windows.CODE_BITS:
-        raise PCDVQError(f"code_bits is {code_bits}; expected one of {windows.CODE_BITS}")
-    for name, tensor, shape in (
-        ("row_weight", row_weight, x.shape[:1]),
-        ("table", table, (1 << windows.INDEX_BITS, windows.DIM)),
-    ):
-        if tensor.dtype != x.dtype or tensor.shape != shape or tensor.device != x.device:
-            raise PCDVQError(
-                f"{name} is {_describe(tensor)}; expected {x.dtype} {list(shape)} on {x.device}"
-            )
+    columns = trellis.strip_columns(chain_rows)
+    fits = x.dim() == 2 and not x.shape[0] % chain_rows and not x.shape[1] % columns
+    if x.dtype != torch.float32 or not fits:
+        raise PCDVQError(
+            f"x is {_describe(x)}; expected fp32 [N, K], N a multiple of {chain_rows}, K of {columns}"
+        )
+    expect("row_weight", row_weight, torch.float32, x.shape[:1], x.device)

@@ -6,13 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pcdvq_kernels import pyramid, windows
+from pcdvq_kernels import pyramid, trellis
 from pcdvq_kernels.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUANT_METHOD = "pcdvq"
-# Rows of a weight that a trellis chain runs through before it starts over (FORMAT.md).
-SEGMENT_ROWS = 16
 # That one message names.
 MOST_PROBLEMS = 4
 # Bits of a code that is made of fields; pyramid codes have limits of their own.
@@ -27,15 +25,12 @@ class CodebookSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    codec: Literal["signed", "e8", "trellis", "compact", "int8", "pvq"]
-    vector_dim: Literal[1, 2, 4, 8]
-    signs: bool
-    parity: bool
+    codec: Literal["trellis", "e8", "pvq", "int8"]
+    vector_dim: Literal[1, 2, 8]
     pattern_bits: int = Field(ge=1, le=pyramid.MAX_CODE_BITS)
-    magnitude_bits: int = Field(ge=0, le=4)
-    shift: int = Field(ge=0, le=7)
-    rotation_bits: int = Field(default=0, ge=0, le=3)
-    state_bits: int = Field(default=0, ge=0, le=5)
+    magnitude_bits: int = Field(default=0, ge=0, le=4)
+    shift: int = Field(default=0, ge=0, le=7)
+    chain_rows: Literal[0, 16, 32, 64] = Field(default=0, exclude_if=lambda v: not v)
     pulses: Annotated[
         tuple[Annotated[int, Field(ge=1, le=pyramid.MOST_PULSES)], ...],
         # JSON has lists; the key is there for one codec only.
@@ -44,48 +39,27 @@ class CodebookSpec(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> CodebookSpec:
+        dim = {"trellis": trellis.PAIR, "int8": 1}.get(self.codec, 8)
+        if self.vector_dim != dim:
+            raise ValueError(f"codec {self.codec} with vector_dim {self.vector_dim}, not {dim}")
         if (self.codec == "pvq") != bool(self.pulses):
             raise ValueError(f"codec {self.codec} with {len(self.pulses)} magnitudes of pulses")
-        most_states = {"trellis": 4, "compact": 5}.get(self.codec, 0)
-        if not min(most_states, 1) <= self.state_bits <= most_states:
-            raise ValueError(f"codec {self.codec} with {self.state_bits} state_bits")
-        if (self.codec == "int8") != (self.vector_dim == 1):
-            raise ValueError("vector_dim is 1 for codec int8 and for no other")
-        if self.codec == "int8" and (self.code_bits, self.rows, self.shift) != (8, 256, 0):
-            raise ValueError("codec int8 has 8 pattern bits, nothing else in its codes, no shift")
-        if self.windows:
-            self._check_windows()
-            return self
-        self._check_fields()
-        if self.pulses:
-            self._check_pyramids()
-        else:
+        if (self.codec == "trellis") != bool(self.chain_rows):
+            raise ValueError(f"codec {self.codec} with chain_rows {self.chain_rows}")
+        if self.codec in ("trellis", "int8", "pvq") and self.magnitude_bits:
+            raise ValueError(f"codec {self.codec} with {self.magnitude_bits} magnitude_bits")
+        if self.codec in ("trellis", "int8") and self.shift:
+            raise ValueError(f"codec {self.codec} with shift {self.shift}")
+        if self.codec == "trellis" and self.pattern_bits not in trellis.CODE_BITS:
+            limits = f"{trellis.CODE_BITS[0]} to {trellis.CODE_BITS[-1]}"
+            raise ValueError(f"codec trellis has {limits} pattern_bits, not {self.pattern_bits}")
+        if self.codec == "int8" and self.pattern_bits != 8:
+            raise ValueError(f"codec int8 has 8 pattern_bits, not {self.pattern_bits}")
+        if self.codec == "e8":
             self._check_sizes()
+        if self.codec == "pvq":
+            self._check_pyramids()
         return self
-
-    def _check_windows(self) -> None:
-        others = self.signs, self.parity, self.magnitude_bits, self.rotation_bits
-        if self.vector_dim != windows.DIM or any(others):
-            raise ValueError(f"codec compact has groups of {windows.DIM}, a pattern and states")
-        if self.pattern_bits not in windows.CODE_BITS:
-            raise ValueError(
-                f"codec compact has pattern_bits {windows.CODE_BITS}, not {self.pattern_bits}"
-            )
-        if self.state_bits != windows.state_bits(self.pattern_bits):
-            raise ValueError(
-                f"codec compact has {windows.state_bits(self.pattern_bits)} state_bits beside "
-                f"{self.pattern_bits} pattern_bits, not {self.state_bits}"
-            )
-
-    def _check_fields(self) -> None:
-        if self.parity and not self.signs:
-            raise ValueError("parity needs signs: it is the parity of the sign bits")
-        if self.rotation_bits and 1 << self.rotation_bits != self.vector_dim:
-            raise ValueError(f"{self.rotation_bits} rotation_bits do not rotate {self.vector_dim}")
-        if (self.rotation_bits or self.state_bits) and not (self.signs and not self.magnitude_bits):
-            raise ValueError("states and rotations need signs and no magnitude bits")
-        if self.pattern_bits < max(self.rotation_bits, self.state_bits):
-            raise ValueError("states and rotations are bits of the pattern")
 
     def _check_sizes(self) -> None:
         if self.code_bits > MAX_CODE_BITS:
@@ -96,12 +70,8 @@ class CodebookSpec(BaseModel):
             raise ValueError(
                 f"{self.pattern_bits} pattern_bits are over the limit of {MAX_PATTERN_BITS}"
             )
-        if self.state_bits + self.base_bits > 16:
-            raise ValueError("the direction table is over the limit of 2^17 rows")
 
     def _check_pyramids(self) -> None:
-        if (self.vector_dim, self.sign_bits, self.magnitude_bits) != (pyramid.DIM, 0, 0):
-            raise ValueError(f"codec pvq has groups of {pyramid.DIM} and no fields but the pattern")
         if self.code_bits < pyramid.MIN_CODE_BITS:
             raise ValueError(f"codec pvq has {pyramid.MIN_CODE_BITS} pattern bits or more")
         _, end = pyramid.make_ranges(self.pulses, self.code_bits)
@@ -109,13 +79,9 @@ class CodebookSpec(BaseModel):
             raise ValueError(f"pulses {self.pulses} need {end} codes of {self.code_bits} bits")
 
     @property
-    def sign_bits(self) -> int:
-        return self.vector_dim if self.signs else 0
-
-    @property
     def code_bits(self) -> int:
         """Bits of one group's code."""
-        return self.sign_bits + self.pattern_bits + self.magnitude_bits
+        return self.pattern_bits + self.magnitude_bits
 
     @property
     def bits(self) -> float:
@@ -123,16 +89,9 @@ class CodebookSpec(BaseModel):
         return self.code_bits / self.vector_dim
 
     @property
-    def windows(self) -> bool:
-        """Whether coordinates select rows of the direction table one by one."""
-        return self.codec == "compact"
-
-    @property
     def rows(self) -> int:
-        """Rows of the direction table; pyramids need none."""
-        if self.windows:
-            return 1 << windows.INDEX_BITS
-        return 0 if self.pulses else 1 << (self.state_bits + self.base_bits + self.parity)
+        """Rows of the direction table; computed directions need none."""
+        return 0 if self.pulses or self.chain_rows else 1 << self.pattern_bits
 
     @property
     def pyramid_rows(self) -> int:
@@ -146,14 +105,18 @@ class CodebookSpec(BaseModel):
         return len(self.pulses) or 1 << self.magnitude_bits
 
     @property
-    def base_bits(self) -> int:
-        """Bits of the pattern that select a row of the direction table."""
-        return self.pattern_bits - self.rotation_bits
-
-    @property
     def row_multiple(self) -> int:
         """What the first row of a part of a weight must be a multiple of to decode by itself."""
-        return SEGMENT_ROWS if self.state_bits else 1
+        return self.chain_rows or 1
+
+    @property
+    def strip_columns(self) -> int:
+        """Columns of which codes are chosen together."""
+        return trellis.strip_columns(self.chain_rows) if self.chain_rows else self.vector_dim
+
+    def stored_rows(self, out_features: int) -> int:
+        """Rows of `qweight` of a layer of N = `out_features`: whole chains."""
+        return -(-out_features // self.row_multiple) * self.row_multiple
 
     def row_bytes(self, in_features: int) -> int:
         """Bytes of one row of `qweight`."""

@@ -39,20 +39,18 @@ _OTHER_ISA = "isa {!r} does not read packed codes; give it the checkpoint's"
 
 
 # PcdvqLinear of kernels/csrc/pcdvq.h. Packing takes a third of what a ctypes.Structure takes.
-_LINEAR = struct.Struct("7P15q4i")
+_LINEAR = struct.Struct("7P12q4i")
 # PcdvqPrepack, likewise.
-_PREPACK = struct.Struct("2P13q2i")
+_PREPACK = struct.Struct("2P10q2i")
 # PcdvqEmbedding, likewise; padded as in C.
-_EMBEDDING = struct.Struct("6P15q3i4x")
+_EMBEDDING = struct.Struct("6P12q3i4x")
 # PcdvqMoe, with its two PcdvqExperts.
-_MOE = struct.Struct("5P3q" + 2 * "3P13q" + "3i4x")
+_MOE = struct.Struct("5P3q" + 2 * "3P10q" + "3i4x")
 # PcdvqVptqSegment and PcdvqVptq; `vptq.cpu` calls those.
 VPTQ_SEGMENT = struct.Struct("2P5q")
 VPTQ = struct.Struct("7P5q5i4x")
-# PcdvqNearest, likewise, PcdvqTrellis and PcdvqWindows; `cpu_search` calls those.
+# PcdvqNearest, likewise; `cpu_search` calls it.
 NEAREST = struct.Struct("4P2q3i4x")
-TRELLIS = struct.Struct("5P2q6i")
-WINDOWS = struct.Struct("4P2q3i4x")
 
 
 @cache
@@ -67,11 +65,9 @@ def _library() -> ctypes.CDLL | str:
         _EMBEDDING.size,
         _MOE.size,
         NEAREST.size,
-        TRELLIS.size,
         VPTQ_SEGMENT.size,
         VPTQ.size,
         _PREPACK.size,
-        WINDOWS.size,
     ]:
         return f"{LIBRARY.name} was built from other sources than this version's"
     library.pcdvq_linear.argtypes = (ctypes.c_char_p,)
@@ -81,8 +77,6 @@ def _library() -> ctypes.CDLL | str:
     library.pcdvq_embedding.argtypes = (ctypes.c_char_p,)
     library.pcdvq_moe.argtypes = (ctypes.c_char_p,)
     library.pcdvq_nearest.argtypes = (ctypes.c_char_p,)
-    library.pcdvq_trellis.argtypes = (ctypes.c_char_p,)
-    library.pcdvq_windows.argtypes = (ctypes.c_char_p,)
     library.pcdvq_vptq.argtypes = (ctypes.c_char_p,)
     return library
 
@@ -91,7 +85,7 @@ def _struct_bytes(library: ctypes.CDLL) -> list[int] | None:
     """Sizes of the library's structs; None if it is older than the function that tells them."""
     if not hasattr(library, "pcdvq_struct_bytes"):
         return None
-    sizes = (ctypes.c_int64 * 9)()
+    sizes = (ctypes.c_int64 * 7)()
     library.pcdvq_struct_bytes(sizes)
     return list(sizes)
 
@@ -230,14 +224,14 @@ def prepack(
     """Codes in the order in which `linear` reads them, of the same size but for padding.
 
     Args:
-        qweight: uint8 [N, row_bytes], the checkpoint's codes.
+        qweight: uint8 [N or more, row_bytes], the checkpoint's codes: whole chains.
         layout: `Layout(...).to_ints()`, that of the calls to come.
         in_features: K.
         isa: "auto" or one of `isas()`, that of the calls to come.
 
     Returns:
-        uint8 [ceil(N / 16), ceil(K / 64), bytes of a block], or `qweight` itself where `linear`
-        reads it as it is.
+        uint8 [ceil(N / 16), ceil(K / 64), bytes of a block], of codec trellis whole tiles of 64
+        rows, or `qweight` itself where `linear` reads it as it is.
 
     Raises:
         PCDVQError: qweight or layout do not fit together, or an unavailable `isa`.

@@ -9,19 +9,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pcdvq_kernels import cpu, pyramid, windows
+from pcdvq_kernels import cpu, pyramid, trellis
 from pcdvq_kernels.arguments import (
     LayoutFields,
+    check_chains,
     check_embedding,
     check_ids,
     check_linear,
     check_moe,
     check_nearest,
-    check_trellis,
-    check_windows,
 )
-from pcdvq_kernels.codebook import code_states, rotated_coordinates
-from pcdvq_kernels.config import SEGMENT_ROWS
 from pcdvq_kernels.hadamard import block_hadamard
 from pcdvq_kernels.packing import unpack_codes, unpack_signs
 from pcdvq_kernels.reference import rotate_activations
@@ -29,6 +26,8 @@ from pcdvq_kernels.reference import rotate_activations
 # Bounds scratch: unpacking holds a few int64 per weight of a chunk.
 CHUNK_WEIGHTS = 1 << 20
 CHUNK_SCORES = 1 << 24
+CHUNK_CHAINS = 16
+MOST_CHAIN_ROWS = max(trellis.CHAIN_ROWS)
 
 
 def linear(
@@ -43,14 +42,14 @@ def linear(
     """`pcdvq::linear` in torch, a chunk of weight rows at a time; slow. Arguments as in `ops`."""
     fields = check_linear(x, qweight, row_scale, signs_in, codewords, bias, layout).layout
     warn_slow(x.device.type)
-    in_features, out_features = x.shape[-1], qweight.shape[0]
+    in_features, out_features = x.shape[-1], row_scale.shape[0]
     rotated = rotate_activations(x, signs_in, fields.hadamard_block).reshape(-1, in_features)
     y = x.new_empty(rotated.shape[0], out_features)
-    chunk = -(-CHUNK_WEIGHTS // in_features // SEGMENT_ROWS) * SEGMENT_ROWS
+    chunk = -(-CHUNK_WEIGHTS // in_features // MOST_CHAIN_ROWS) * MOST_CHAIN_ROWS
     for first in range(0, out_features, chunk):
         rows = slice(first, first + chunk)
         levels = decode_levels(qweight[rows], codewords, fields, in_features)
-        part = rotated @ levels.T * row_scale[rows]
+        part = rotated @ levels[: out_features - first].T * row_scale[rows]
         y[:, rows] = part if bias is None else part + bias[rows].float()
     return y.view(*x.shape[:-1], out_features)
 
@@ -68,15 +67,14 @@ def embedding(
     shape = check_embedding(ids, qweight, row_scale, signs_in, codewords, layout, dtype)
     warn_slow(ids.device.type)
     if ids.device.type == "cpu":  # elsewhere looking would wait for the device, which checks itself
-        check_ids(ids, qweight.shape[0])
+        check_ids(ids, row_scale.shape[0])
     signs, block = unpack_signs(signs_in), shape.layout.hadamard_block
     flat = ids.flatten().long()
     out = torch.empty(flat.shape[0], signs.shape[0], dtype=dtype, device=ids.device)
     chunk = max(1, CHUNK_WEIGHTS // signs.shape[0])
     for first in range(0, flat.shape[0], chunk):
         rows = flat[first : first + chunk]
-        states = _states_of(rows, qweight, shape.layout, signs.shape[0])
-        levels = decode_levels(qweight[rows], codewords, shape.layout, signs.shape[0], states)
+        levels = _decode_rows(rows, qweight, codewords, shape.layout, signs.shape[0])
         dense = block_hadamard(levels, block) * signs * row_scale[rows].unsqueeze(1)
         out[first : first + chunk] = dense
     return out.view(*ids.shape, -1)
@@ -108,55 +106,33 @@ def moe(
     return sums.to(x.dtype)
 
 
-def _states_of(
-    rows: Tensor, qweight: Tensor, layout: LayoutFields, in_features: int
-) -> Tensor | None:
-    """States of single rows, int64 [rows, groups], from the rows above; None without states."""
-    if not layout.state_bits:
-        return None
-    above = qweight[(rows - 1).clamp_min(0)]
-    codes = unpack_codes(above, layout.code_bits, in_features // layout.vector_dim)
-    inside = (rows % SEGMENT_ROWS != 0).unsqueeze(1)
-    return (codes >> (layout.code_bits - layout.state_bits)) * inside
+def _decode_rows(
+    rows: Tensor, qweight: Tensor, codewords: Tensor, layout: LayoutFields, in_features: int
+) -> Tensor:
+    """Levels of single rows (int64 [n]), fp32 [n, K]; of chains their other rows are decoded too."""
+    if not layout.chain_rows:
+        return decode_levels(qweight[rows], codewords, layout, in_features)
+    segment, row = rows // layout.chain_rows, rows % layout.chain_rows
+    inside = torch.arange(layout.chain_rows, device=rows.device)
+    whole = (segment.unsqueeze(1) * layout.chain_rows + inside).flatten()
+    levels = decode_levels(qweight[whole], codewords, layout, in_features)
+    return levels.unflatten(0, (-1, layout.chain_rows))[torch.arange(len(rows)), row]
 
 
 def decode_levels(
-    qweight: Tensor,
-    codewords: Tensor,
-    layout: LayoutFields,
-    in_features: int,
-    states: Tensor | None = None,
+    qweight: Tensor, codewords: Tensor, layout: LayoutFields, in_features: int
 ) -> Tensor:
     """Levels of weight rows, fp32 [rows, K].
 
     Args:
-        qweight: uint8 [rows, row_bytes], whole segments unless `states` are given.
-        states: int64 [rows, groups], where the layout has any.
+        qweight: uint8 [rows, row_bytes], whole chains.
     """
     codes = unpack_codes(qweight, layout.code_bits, in_features // layout.vector_dim)
+    if layout.chain_rows:
+        return trellis.decode(codes, layout.code_bits, layout.chain_rows).float().flatten(1)
     if layout.pyramid_rows:
         return pyramid.decode(codes, codewords, layout.code_bits).float().flatten(1)
-    if states is None:
-        states = code_states(codes, layout.code_bits, layout.state_bits)
-    if layout.windows:
-        rows = windows.table_rows(codes, states, layout.code_bits)
-        return windows.look_up(codewords, rows).float().flatten(1)
-    row = codes >> layout.sign_bits
-    bits = (codes.unsqueeze(-1) >> torch.arange(layout.vector_dim, device=codes.device)) & 1
-    base_bits = layout.pattern_bits - layout.rotation_bits
-    if layout.rotation_bits:
-        source = rotated_coordinates(row >> base_bits, layout.vector_dim)
-        row &= (1 << base_bits) - 1
-    if layout.state_bits:
-        row |= states << base_bits
-    if layout.parity:
-        row = 2 * row + bits.sum(-1) % 2
-    levels = codewords[row].float()
-    if layout.rotation_bits:
-        levels = levels.gather(-1, source)
-    if layout.sign_bits:
-        levels *= 1 - 2 * bits
-    return levels.flatten(1)
+    return codewords[codes].float().flatten(1)
 
 
 def nearest(x: Tensor, codewords: Tensor, bias: Tensor) -> Tensor:
@@ -172,100 +148,83 @@ def nearest(x: Tensor, codewords: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def trellis(
-    x: Tensor, row_weight: Tensor, codewords: Tensor, parity: bool, state_bits: int
-) -> Tensor:
-    """`trellis_codes` in torch, a segment at a time."""
-    check_trellis(x, row_weight, codewords, parity, state_bits)
-    table = codewords.view(1 << state_bits, -1, 1 + parity, x.shape[2])
-    out = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
-    for first in range(0, len(x), SEGMENT_ROWS):
-        rows = slice(first, first + SEGMENT_ROWS)
-        out[rows] = _segment_codes(x[rows], row_weight[rows], table)
-    return out
-
-
-def window_codes(x: Tensor, row_weight: Tensor, table: Tensor, code_bits: int) -> Tensor:
-    """`trellis.window_codes` in torch, a segment at a time."""
-    check_windows(x, row_weight, table, code_bits)
-    out = torch.empty(x.shape[:2], dtype=torch.int32, device=x.device)
-    for first in range(0, len(x), SEGMENT_ROWS):
-        rows = slice(first, first + SEGMENT_ROWS)
-        out[rows] = _window_segment(x[rows], row_weight[rows], table, code_bits)
-    return out
-
-
-def _window_segment(x: Tensor, row_weight: Tensor, table: Tensor, code_bits: int) -> Tensor:
-    """Viterbi search in one segment x [rows, G, DIM]: int32 [rows, G]."""
-    width, older = windows.extra_bits(code_bits), windows.state_bits(code_bits)
-    states, new = 1 << older, torch.arange(4, device=x.device)
-    cost = x.new_full((states, x.shape[1]), torch.inf)
-    cost[0] = 0
-    after = torch.arange(states, device=x.device).unsqueeze(1)
-    steps = []
-    for row, weight in enumerate(row_weight):
-        for j in range(windows.DIM):
-            # Windows that lead to each state, [state, 4]: the last bit of a row is in no state.
-            last = j == windows.DIM - 1
-            window = new & 1 | after << 1 | (new >> 1) << (older + 1) if last else after << 2 | new
-            extra = torch.arange(1 << width, device=x.device) << (older + 2)
-            index = (window.unsqueeze(-1) | extra).flatten(1)  # [state, candidates]
-            error = weight * (x[row, :, j] - table[index, j].unsqueeze(-1)).square()
-            cost, choice = (cost[index & (states - 1)] + error).min(1)  # [state, G]
-            steps.append(index.gather(1, choice))
-    state = cost.argmin(0).unsqueeze(0)  # [1, G]
-    chosen = []
-    for index in reversed(steps):
-        chosen.append(index.gather(0, state)[0])
-        state = chosen[-1].unsqueeze(0) & (states - 1)
-    rows = torch.stack(chosen[::-1]).unflatten(0, (-1, windows.DIM))  # [rows, DIM, G]
-    coordinate = torch.arange(windows.DIM, device=x.device).unsqueeze(1)
-    stream = ((rows >> older & 3) << (2 * coordinate)).sum(1)
-    extra = ((rows >> (older + 2)) << (width * coordinate)).sum(1)
-    top = (stream << 1 | stream >> 7) & 255
-    return (top << (windows.DIM * width) | extra).to(torch.int32)
-
-
-def _segment_codes(x: Tensor, row_weight: Tensor, table: Tensor) -> Tensor:
-    """Viterbi search in one segment x [rows, G, dim]; table is [state, field, parity, dim]."""
-    states, fields, parities, dim = table.shape
-    signs, y = _fold(x, parities)  # [P, rows, G], [P, rows, G, dim]
-    cost = x.new_full((states, x.shape[1]), torch.inf)
-    cost[0] = 0
-    choices = fields // states * parities  # that lead from one state to another
-    steps = []
-    for row, weight in enumerate(row_weight):
-        product = torch.einsum("pgd,sfpd->sgfp", y[:, row], table)
-        error = weight * (table.square().sum(-1).unsqueeze(1) - 2 * product)
-        error, choice = error.view(states, -1, states, choices).min(-1)  # [state, G, state below]
-        total, before = (cost.unsqueeze(-1) + error).min(0)  # [G, state below]
-        index = torch.arange(states, device=x.device) * choices
-        index = index + choice.gather(0, before.unsqueeze(0))[0]
-        code = signs[:, row].T.gather(1, index % parities) | index // parities << dim
-        steps.append((before, code))
-        cost = total.T
-    state = cost.argmin(0).unsqueeze(1)  # [G, 1]
-    codes = []
-    for before, code in reversed(steps):
-        codes.append(code.gather(1, state)[:, 0])
-        state = before.gather(1, state)
-    return torch.stack(codes[::-1]).to(torch.int32)
-
-
-def _fold(x: Tensor, parities: int) -> tuple[Tensor, Tensor]:
-    """Sign bits int64 [P, ...] and magnitudes [P, ..., dim] of x [..., dim], by parity of signs."""
-    y, bits = x.abs(), 1 << torch.arange(x.shape[-1], device=x.device)
-    signs = ((x < 0) * bits).sum(-1)
-    if parities == 1:
-        return signs.unsqueeze(0), y.unsqueeze(0)
-    smallest = y.argmin(-1, keepdim=True)
-    flipped = y.scatter(-1, smallest, -y.gather(-1, smallest))
-    odd = (x < 0).sum(-1) % 2
-    matches = torch.stack([odd == parity for parity in range(2)])  # [P, ...]
-    return (
-        torch.where(matches, signs, signs ^ bits[smallest[..., 0]]),
-        torch.where(matches.unsqueeze(-1), y, flipped),
+def chain_codes(x: Tensor, row_weight: Tensor, code_bits: int, chain_rows: int) -> Tensor:
+    """`search.chain_codes` in torch, some chains at a time."""
+    check_chains(x, row_weight, code_bits, chain_rows)
+    windows = torch.arange(1 << trellis.WINDOW_BITS, device=x.device)
+    levels = trellis.window_levels(windows, code_bits).float().view(len(windows), -1)
+    steps = _by_chain(x, levels.shape[1], chain_rows)
+    weight = row_weight.view(-1, 1).expand(-1, x.shape[1])
+    weight = _by_chain(weight, levels.shape[1], chain_rows)[..., 0]
+    widths = [code_bits] if code_bits < trellis.SINGLES_FROM else [-(-code_bits // 2), code_bits // 2]
+    search = _RingSearch(levels, widths)
+    chosen = torch.cat(
+        [
+            search.bits(*chains)
+            for chains in zip(
+                steps.flatten(0, 1).split(CHUNK_CHAINS),
+                weight.flatten(0, 1).split(CHUNK_CHAINS),
+                strict=True,
+            )
+        ]
     )
+    fields = chosen.unflatten(1, (-1, len(widths)))
+    codes = fields[..., 0] if len(widths) == 1 else fields[..., 0] << widths[1] | fields[..., 1]
+    return trellis.row_order(codes.view(*steps.shape[:2], -1), chain_rows).to(torch.uint8)
+
+
+def _by_chain(x: Tensor, width: int, chain_rows: int) -> Tensor:
+    """x [N, K] by chain, `width` columns a step: [segments, strips, steps, width]."""
+    pairs = x.unflatten(1, (-1, trellis.PAIR))
+    by_column = [trellis.chain_order(pairs[..., i], chain_rows) for i in range(trellis.PAIR)]
+    return torch.stack(by_column, -1).flatten(2).unflatten(2, (-1, width))
+
+
+class _RingSearch:
+    """Viterbi search over all windows, for chains whose bits form a ring."""
+
+    def __init__(self, levels: Tensor, widths: list[int]) -> None:
+        self._levels, self._widths = levels, widths  # [2^16, width of a step], bits of steps in turn
+        self._windows = len(levels)
+
+    def bits(self, x: Tensor, weight: Tensor) -> Tensor:
+        """New bits of each step, int64 [chains, T], of x [chains, T, width], weight [chains, T]."""
+        half = x.shape[1] // 2 // len(self._widths) * len(self._widths)
+        turned = torch.roll(x, half, 1), torch.roll(weight, half, 1)
+        path = self._path(*turned, None)
+        # The window before the first step is the one of the last; turned, it is at half - 1.
+        return self._path(x, weight, path[:, half - 1]) & self._masks(x)
+
+    def _masks(self, x: Tensor) -> Tensor:
+        widths = torch.tensor(self._widths, device=x.device)
+        return ((1 << widths) - 1).repeat(x.shape[1] // len(self._widths))
+
+    def _path(self, x: Tensor, weight: Tensor, seam: Tensor | None) -> Tensor:
+        """Windows of each step; those at both ends share `seam`'s bits but for the first step's."""
+        steps = x.shape[1]
+        first = self._windows >> self._widths[0]  # windows before that differ
+        cost = x.new_zeros(len(x), self._windows)
+        before = torch.arange(self._windows, device=x.device)
+        if seam is not None:
+            outside = before % first != seam.unsqueeze(1) % first
+            cost.masked_fill_(outside, torch.inf)
+        choices = []
+        for step in range(steps):
+            width = self._widths[step % len(self._widths)]
+            least, choice = cost.view(len(x), 1 << width, -1).min(1)  # [chains, 2^16 >> width]
+            error = (x[:, step, None] - self._levels).square().sum(-1) * weight[:, step, None]
+            cost = least.repeat_interleave(1 << width, 1) + error
+            choices.append(choice)
+        if seam is not None:
+            cost.masked_fill_(outside, torch.inf)
+        window = cost.argmin(1, keepdim=True)
+        path = []
+        for step in reversed(range(steps)):
+            width = self._widths[step % len(self._widths)]
+            path.append(window[:, 0])
+            older = window >> width
+            window = older | choices[step].gather(1, older) << (trellis.WINDOW_BITS - width)
+        return torch.stack(path[::-1], 1)
 
 
 @cache

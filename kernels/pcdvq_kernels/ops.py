@@ -5,7 +5,8 @@ y = R (Q H S x) + b:
     torch.ops.pcdvq.linear(x, qweight, row_scale, signs_in, codewords, bias, layout) -> Tensor
 
     x          bf16, fp16 or fp32 [..., K]; any M = product of the leading sizes, also 0
-    qweight    uint8 [N, row_bytes], the checkpoint's codes, or what `prepack_weight` made of them
+    qweight    uint8 [N, row_bytes], the checkpoint's codes (of codec trellis with its padding
+               rows), or what `prepack_weight` made of them
     row_scale  fp32 [N]
     signs_in   uint8 [K / 8]
     codewords  int8 [rows, vector_dim], `Codebook.codewords()`: tables of pyramid codes are not
@@ -92,12 +93,9 @@ class Layout:
         return [
             self.hadamard_block,
             spec.vector_dim,
-            spec.sign_bits,
-            int(spec.parity),
             spec.pattern_bits - upper_bits,
             spec.magnitude_bits + upper_bits,
-            spec.rotation_bits,
-            spec.state_bits,
+            spec.chain_rows,
             ACTIVATIONS.index(self.activations),
             spec.pyramid_rows,
         ]

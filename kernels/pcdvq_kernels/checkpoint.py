@@ -295,8 +295,9 @@ def _check_layer(
     if not out_features or not in_features:
         raise CheckpointError(f"layer {name} is empty: [{out_features}, {in_features}]. {REMEDY}")
     config.block(in_features)
-    row_bytes = config.codebooks[codebook].row_bytes(in_features)
-    _check_tensor(packed[0], qweight, "U8", (out_features, row_bytes))
+    spec = config.codebooks[codebook]
+    stored = spec.stored_rows(out_features), spec.row_bytes(in_features)
+    _check_tensor(packed[0], qweight, "U8", stored)
     size = qweight.bytes + row_scale.bytes + signs_in.bytes
     return LayerInfo(out_features, in_features, codebook, size)
 

@@ -13,7 +13,7 @@ def decode_levels(qweight: Tensor, codebook: Codebook, in_features: int) -> Tens
     """Decode codes to levels.
 
     Args:
-        qweight: uint8 [N, spec.row_bytes(K)].
+        qweight: uint8 [N, spec.row_bytes(K)], whole chains.
         codebook: its codebook.
         in_features: K.
 
@@ -35,7 +35,7 @@ def dequantize(
 ) -> Tensor:
     """The dense weight W' = R Q H S, fp32 [N, K]."""
     in_features = 8 * signs_in.numel()
-    levels = decode_levels(qweight, codebook, in_features).float()
+    levels = decode_levels(qweight, codebook, in_features)[: len(row_scale)].float()
     return block_hadamard(levels, block) * unpack_signs(signs_in) * row_scale.float().unsqueeze(1)
 
 
@@ -61,6 +61,6 @@ def linear(
     bias: Tensor | None = None,
 ) -> Tensor:
     """y = R (Q H S x) + b in fp32, [..., N], from x [..., K]."""
-    levels = decode_levels(qweight, codebook, x.shape[-1]).float()
+    levels = decode_levels(qweight, codebook, x.shape[-1])[: len(row_scale)].float()
     y = rotate_activations(x, signs_in, block) @ levels.T * row_scale.float()
     return y if bias is None else y + bias.float()

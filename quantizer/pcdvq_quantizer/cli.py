@@ -82,6 +82,13 @@ def quantize(
         str,
         typer.Option(help="What to keep small: hessian, errors of outputs; fisher, their cost."),
     ] = "hessian",
+    effort: Annotated[
+        str,
+        typer.Option(
+            help="Of the search for codes: exhaustive, quick (sooner, a larger error), or auto: "
+            "quick without calibration."
+        ),
+    ] = "auto",
     finetune: Annotated[
         bool,
         typer.Option("--finetune", help="Then distil the original into OUT, as `pcdvq finetune`."),

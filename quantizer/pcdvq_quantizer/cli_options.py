@@ -20,9 +20,7 @@ class Method(StrEnum):
 
 
 class Codec(StrEnum):
-    signed = "signed"
     trellis = "trellis"
-    compact = "compact"
     e8 = "e8"
     pvq = "pvq"
     int8 = "int8"
@@ -43,16 +41,15 @@ MethodOption = Annotated[
 Bits = Annotated[
     float,
     typer.Option(
-        help="Bits per weight: 2, 2.25, 3, 4 (codec pvq: 3.25 too), or an average between: "
-        "each layer then gets a rate by its sensitivity. 8 with codec int8. vptq: of indices."
+        help="Bits per weight: 1.5, 2, 2.5, 3, 3.5, 4, or an average between: each layer then gets "
+        "a rate by its sensitivity. 8 with codec int8. vptq: of indices."
     ),
 ]
 CodecOption = Annotated[
     Codec,
     typer.Option(
-        help="trellis: best quality; compact: fastest on CPUs with AVX-512; signed: no rule for "
-        "how rows are split; pvq: integer pyramids, no stored codebook; e8: the paper's codebook "
-        "(2 and 2.25); int8: 8 bits."
+        help="trellis: best and fastest; e8: the paper's codebook (2 and 2.25); pvq: integer "
+        "pyramids (2, 2.25, 3, 3.25, 4); int8: 8 bits."
     ),
 ]
 VectorLength = Annotated[

@@ -12,13 +12,12 @@ UNQUANTIZED_BITS = 16
 _RATES = (4, 8)
 
 
-def get_embedding_codebook(bits: int, codec: str) -> NamedCodebook | None:
+def get_embedding_codebook(bits: int, chain_rows: int, effort: str) -> NamedCodebook | None:
     """The codebook for embeddings of `bits` per weight, None where they stay as they are.
 
     Args:
         bits: 4, 8 or 16.
-        codec: of the linear layers. `signed` has no rule for how rows are split, so embeddings have
-            it beside any codec but `compact`, whose kernels a head is to have too.
+        chain_rows, effort: of codec `trellis`.
 
     Raises:
         PCDVQError: the rate is not offered.
@@ -33,7 +32,7 @@ def get_embedding_codebook(bits: int, codec: str) -> NamedCodebook | None:
         )
     if bits == 8:
         return get_codebook("int8", 8.0)
-    return get_codebook("compact" if codec == "compact" else "signed", float(bits))
+    return get_codebook("trellis", float(bits), chain_rows, effort)
 
 
 def find_embeddings(model: PreTrainedModel) -> tuple[str | None, str | None]:

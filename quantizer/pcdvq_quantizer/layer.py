@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from pcdvq_kernels.checkpoint import PACKED_TENSORS
+from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.hadamard import block_hadamard
 from pcdvq_kernels.packing import pack_codes, pack_signs
@@ -24,7 +25,8 @@ class LayerError:
     Attributes:
         weight: |W' - W|^2 / |W|^2.
         direction: share of it that is due to directions: of a group w stored as q, the error
-            |w - q|^2 is 2 |w| |q| (1 - cos) in direction and (|w| - |q|)^2 in magnitude.
+            |w - q|^2 is 2 |w| |q| (1 - cos) in direction and (|w| - |q|)^2 in magnitude. In codec
+            `trellis` a group is a row, whose magnitude is its scale.
         output: E |y' - y|^2 / E |y|^2 on the calibration text, None without calibration. Counts
             what the choice of codes can change: rounding, not the inputs' own errors.
     """
@@ -61,7 +63,7 @@ class QuantizedLinear:
     """Packed tensors of one layer (FORMAT.md) and its error.
 
     Attributes:
-        qweight: uint8 [N, row_bytes].
+        qweight: uint8 [N, row_bytes], of codec `trellis` with N rounded up to whole chains.
         row_scale: bf16 [N].
         signs_in: uint8 [K / 8].
         error: against the original weight.
@@ -85,14 +87,14 @@ class ErrorSum:
         sums: fp64 [3], squared error in direction and in magnitude, and energy of the original.
     """
 
-    def __init__(self, vector_dim: int) -> None:
-        self._vector_dim = vector_dim
+    def __init__(self, spec: CodebookSpec) -> None:
+        self._group = 0 if spec.chain_rows else spec.vector_dim  # 0: a row
         self.sums = torch.zeros(3, dtype=torch.float64)
 
     def add(self, rotated: Tensor, decoded: Tensor) -> None:
         """Count rows: original and decoded weights in the rotated basis, fp32 [n, K]."""
-        w = rotated.view(-1, self._vector_dim)
-        q = decoded.view(-1, self._vector_dim)
+        group = self._group or rotated.shape[1]
+        w, q = rotated.view(-1, group), decoded.view(-1, group)
         lengths = w.norm(dim=1), q.norm(dim=1)
         direction = 2 * (lengths[0] * lengths[1] - (w * q).sum(1)).sum()
         magnitude = (lengths[0] - lengths[1]).square().sum()
@@ -126,13 +128,13 @@ def quantize_linear(
     # Segments are independent, so working memory is bounded by a chunk of them.
     segments = max(1, CHUNK_WEIGHTS // (weight.shape[1] * spec.row_multiple))
     qweight, row_scale = [], []
-    errors = ErrorSum(spec.vector_dim)
+    errors = ErrorSum(spec)
     for chunk in weight.split(segments * spec.row_multiple):
         rotated = block_hadamard(chunk.float() * signs, block)
         scale = initial_row_scale(rotated, codebook)
         x = rotated / scale.unsqueeze(1)
-        codes = encoder.encode(x.unflatten(1, (-1, spec.vector_dim)))
-        levels = encoder.codebook.decode(codes).flatten(1).float()
+        codes, levels = encoder.round(x.unflatten(1, (-1, spec.vector_dim)))
+        levels = levels.flatten(1)
         refitted = refit_row_scale(rotated, levels)
         errors.add(rotated, levels * refitted.float().unsqueeze(1))
         qweight.append(pack_codes(codes, spec.code_bits))

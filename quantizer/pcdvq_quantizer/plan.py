@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pcdvq_quantizer.calibration.objectives.base import StageObjective
 from pcdvq_quantizer.calibration.parallel import Processes
 from pcdvq_quantizer.calibration.stage import quantize_stage
 from pcdvq_quantizer.calibration.statistics import InputStatistics
+from pcdvq_quantizer.chains import choose_chain_rows
 from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook, offered_rates
 from pcdvq_quantizer.embeddings import UNQUANTIZED_BITS, get_embedding_codebook
 from pcdvq_quantizer.layer import (
@@ -36,6 +37,7 @@ from pcdvq_quantizer.sources import Source, open_source
 
 SELF = "self"  # calibrate on text the model writes
 NONE = "none"  # do not calibrate
+EFFORTS = "auto", "exhaustive", "quick"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class QuantizeOptions(RunOptions):
         embedding_bits: of input embedding and output head, 4, 8, or 16 to leave them as they are.
         max_tp: largest tensor-parallel size to keep possible where K allows.
         objective: what rounding keeps small, one of `calibration.objectives.OBJECTIVES`.
+        effort: of the search for codes of codec `trellis`: "exhaustive", "quick" (sooner, a larger
+            error), or "auto", which is quick without calibration.
     """
 
     bits: float = 4.0
@@ -87,6 +91,7 @@ class QuantizeOptions(RunOptions):
     embedding_bits: int = UNQUANTIZED_BITS
     max_tp: int = 8
     objective: str = HESSIAN
+    effort: str = "auto"
 
     def check(self) -> None:
         """Raises PCDVQError for options outside their range."""
@@ -103,6 +108,8 @@ class QuantizeOptions(RunOptions):
                 f"--objective {self.objective} is measured on calibration text; drop it or "
                 "--calibration none"
             )
+        if self.effort not in EFFORTS:
+            raise PCDVQError(f"--effort is {self.effort!r}; give one of {', '.join(EFFORTS)}")
         rates = offered_rates(self.codec)
         if not rates[0] <= self.bits <= rates[-1]:
             raise PCDVQError(
@@ -120,6 +127,13 @@ class QuantizeOptions(RunOptions):
     def is_mixed(self) -> bool:
         """Whether layers get rates of their own."""
         return self.bits not in offered_rates(self.codec)
+
+    @property
+    def search(self) -> str:
+        """The effort of the search, decided."""
+        if self.effort != "auto":
+            return self.effort
+        return "quick" if self.calibration == NONE else "exhaustive"
 
     def plan(self, source: Source) -> PCDVQPlan:
         return plan_source(source, self)
@@ -236,16 +250,23 @@ class PCDVQPlan(Plan):
 
     Attributes:
         codebooks: codebook of each layer.
+        chain_rows: rows of the chains of each layer.
     """
 
     options: QuantizeOptions
     codebooks: dict[str, NamedCodebook]
+    chain_rows: dict[str, int]
+
+    def codebook(self, layer: str, bits: float) -> NamedCodebook:
+        """The codebook for `layer` at `bits` per weight."""
+        options = self.options
+        return get_codebook(options.codec, bits, self.chain_rows[layer], options.search)
 
     def packed_bytes(self, layer: str, codebook: NamedCodebook | None = None) -> int:
         """Stored size of `layer` with `codebook` (default: its own)."""
         rows, columns = self.shape(layer)
         spec = (codebook or self.codebooks[layer]).codebook.spec
-        return rows * (spec.row_bytes(columns) + 2) + columns // 8
+        return spec.stored_rows(rows) * spec.row_bytes(columns) + 2 * rows + columns // 8
 
     @property
     def output_bytes(self) -> int:
@@ -325,17 +346,19 @@ def make_plan(model: str, options: RunOptions) -> Plan:
 
 def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
     """`make_plan` for an open model and options that were checked."""
-    rate = offered_rates(options.codec)[0] if options.is_mixed else options.bits
-    codebook = get_codebook(options.codec, rate)
-    embedding_codebook = get_embedding_codebook(options.embedding_bits, options.codec)
     check_unquantized(source)
-    selection = select_layers(
-        source, DEFAULT_SKIP + options.skip, embeddings=embedding_codebook is not None
-    )
-    codebooks = dict.fromkeys(selection.layers, codebook)
-    if embedding_codebook is not None:
-        codebooks |= dict.fromkeys(selection.stored_embeddings, embedding_codebook)
-    return PCDVQPlan(source, options, selection, codebooks)
+    embeddings = options.embedding_bits != UNQUANTIZED_BITS
+    selection = select_layers(source, DEFAULT_SKIP + options.skip, embeddings=embeddings)
+    rows = {name: source.shapes[f"{name}.weight"][0] for name in selection.layers}
+    chain_rows = choose_chain_rows(rows, source.config, options.max_tp)
+    plan = PCDVQPlan(source, options, selection, {}, chain_rows)
+    rate = offered_rates(options.codec)[0] if options.is_mixed else options.bits
+    codebooks = {name: plan.codebook(name, rate) for name in selection.layers}
+    for name in selection.stored_embeddings:
+        book = get_embedding_codebook(options.embedding_bits, chain_rows[name], options.search)
+        if book is not None:
+            codebooks[name] = book
+    return replace(plan, codebooks=codebooks)
 
 
 def check_unquantized(source: Source) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pcdvq_quantizer.calibration.decoder import LayeredModel
 from pcdvq_quantizer.calibration.sensitivity import measure_sensitivity
-from pcdvq_quantizer.codebooks import get_codebook, offered_rates
+from pcdvq_quantizer.codebooks import offered_rates
 from pcdvq_quantizer.experts import experts_of
 from pcdvq_quantizer.plan import PCDVQPlan
 from pcdvq_quantizer.progress import Progress
@@ -86,7 +86,6 @@ def choose_rates(
         tokens: int64 [S, T], the calibration text.
         directory: where the choice is kept, or found if an earlier run made it.
     """
-    codec = plan.options.codec
     path = directory / RATES_FILE
     if not path.exists():
         progress.start("Measuring the sensitivity of layers", len(model.layers))
@@ -95,14 +94,13 @@ def choose_rates(
         measured = measure_sensitivity(model, windows, names, seed, progress)
         write_json_whole(path, _rates(plan, measured))
     rates = json.loads(path.read_text(encoding="utf-8"))
-    chosen = {name: get_codebook(codec, rate) for name, rate in rates.items()}
+    chosen = {name: plan.codebook(name, rate) for name, rate in rates.items()}
     return replace(plan, codebooks=plan.codebooks | chosen)
 
 
 def _rates(plan: PCDVQPlan, sensitivity: dict[tuple[str, ...], float]) -> dict[str, float]:
     """Rate of each layer of `plan`, in its order."""
     rates = offered_rates(plan.options.codec)
-    books = [get_codebook(plan.options.codec, rate) for rate in rates]
     measured = {name for group in sensitivity for name in group}
     # A layer that the text never reached stays at the lowest rate, as far as it is for itself.
     losses = sensitivity | {(n,): 0.0 for n in plan.selection.linears if n not in measured}
@@ -110,11 +108,15 @@ def _rates(plan: PCDVQPlan, sensitivity: dict[tuple[str, ...], float]) -> dict[s
     units = [
         Unit(
             group,
-            tuple(8 * sum(plan.packed_bytes(name, book) for name in group) for book in books),
-            tuple(loss * book.distortion for book in books),
+            tuple(
+                8 * sum(plan.packed_bytes(name, plan.codebook(name, rate)) for name in group)
+                for rate in rates
+            ),
+            tuple(loss * plan.codebook(group[0], rate).distortion for rate in rates),
         )
         for group, loss in losses.items()
     ]
+    books = {plan.codebook(name, rate) for name in plan.selection.linears for rate in rates}
     tables = 8 * sum(book.bytes for book in books)
     choice = allocate(units, plan.linear_budget - tables)
     by_name = {

@@ -12,13 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from pcdvq_kernels.config import CodebookSpec
 from torch import Tensor
 from torch.nn import functional
 
 from pcdvq_quantizer.calibration.ldlq import SPAN, feedback_of, inverse_cholesky
 from pcdvq_quantizer.encode import Encoder
 
-BLOCK = 16  # rows that are rounded together, a segment of the trellis; no feedback among them
+LEAST_BLOCK = 16  # rows that are rounded together, whole chains; no feedback among them
 PANEL = 256  # rows whose feedback is applied at once to all rows after them
 
 
@@ -28,32 +29,34 @@ class RowFactor:
 
     Attributes:
         fisher: fp64 [N, N], damped.
-        feedback: fp32 [P, P], as of `cholesky_feedback` for blocks of BLOCK rows; P is N rounded up
-            to whole blocks.
+        feedback: fp32 [P, P], as of `cholesky_feedback` for blocks of rows; P is N rounded up to
+            whole blocks.
         importance: fp32 [N], what a squared error of a row costs once later rows make up for it.
+        block: rows of a block.
     """
 
     fisher: Tensor
     feedback: Tensor
     importance: Tensor
+    block: int
 
     @classmethod
-    def of(cls, fisher: Tensor) -> RowFactor:
-        """Factor `fisher`, fp64 [N, N].
+    def of(cls, fisher: Tensor, row_multiple: int) -> RowFactor:
+        """Factor `fisher`, fp64 [N, N], for codes of which so many rows are chosen together.
 
         Raises:
             torch.linalg.LinAlgError: it is not positive definite.
         """
-        rows = len(fisher)
-        padding = -rows % BLOCK
+        rows, block = len(fisher), max(row_multiple, LEAST_BLOCK)
+        padding = -rows % block
         padded = functional.pad(fisher, (0, padding, 0, padding))
         padded.diagonal()[rows:] = 1.0
         upper = inverse_cholesky(padded)
-        blocks = upper.view(-1, BLOCK, upper.shape[1] // BLOCK, BLOCK)
+        blocks = upper.view(-1, block, upper.shape[1] // block, block)
         index = torch.arange(len(blocks))
-        inverse = torch.linalg.inv(blocks[index, :, index])  # [P / BLOCK, BLOCK, BLOCK]
+        inverse = torch.linalg.inv(blocks[index, :, index])  # [P / block, block, block]
         importance = inverse.square().sum(2).flatten()  # diagonal of inverse @ inverse^T
-        return cls(fisher, feedback_of(upper, BLOCK), importance[:rows].float())
+        return cls(fisher, feedback_of(upper, block), importance[:rows].float(), block)
 
 
 def kronecker_ldlq(
@@ -69,76 +72,89 @@ def kronecker_ldlq(
         encoder: chooses codes.
 
     Returns:
-        (codes int64 [N, K / g], levels fp32 [N, K]).
+        (codes int64 [N, groups], N of whole chains; levels fp32 [N, K]).
     """
     count, columns = aim.shape
-    step = encoder.codebook.spec.vector_dim
-    padding = -count % BLOCK
+    spec = encoder.codebook.spec
+    step, dim = spec.strip_columns, spec.vector_dim
+    padding = -count % rows.block
     weight = functional.pad(scale.square() * rows.importance, (0, padding))
     y = functional.pad(aim, (0, 0, 0, padding))
     scale = functional.pad(scale, (0, padding), value=1.0)
-    codes = torch.empty(len(y), columns // step, dtype=torch.int64)
+    codes = torch.empty(len(y), columns // dim, dtype=torch.int64)
     levels = torch.empty_like(y)
     above = torch.zeros_like(y)  # what the errors of rows above add to the target
     for top in range(0, len(y), PANEL):
         panel = slice(top, min(top + PANEL, len(y)))
-        across = _padded_feedback(rows.feedback[panel, panel], BLOCK)
+        across = _padded_feedback(rows.feedback[panel, panel], rows.block)
         wrong = torch.empty_like(y[panel])
         for left in range(0, columns, SPAN):
             span = slice(left, min(left + SPAN, columns))
-            tile = _Tile(y[panel, span], above[panel, span], scale[panel], weight[panel], step)
+            parts = y[panel, span], above[panel, span], scale[panel], weight[panel]
+            tile = _Tile(*parts, rows.block, spec)
             tile.round(encoder, _padded_feedback(feedback[span, span], step), across)
-            codes[panel, left // step : span.stop // step] = tile.codes
+            codes[panel, left // dim : span.stop // dim] = tile.codes
             levels[panel, span], wrong[:, span] = tile.levels, tile.wrong
             y[panel, span.stop :] -= tile.wrong_in_row @ feedback[span, span.stop :]
         above[panel.stop :] -= rows.feedback[panel, panel.stop :].T @ wrong
-    return codes[:count], levels[:count]
+    return codes[: spec.stored_rows(count)], levels[:count]
 
 
 class _Tile:
-    """Blocks of BLOCK rows and `step` columns, rounded one anti-diagonal after another.
+    """Blocks of `block` rows and g columns, `strip_columns`, rounded by anti-diagonals.
 
     A block's target is y + above: `y` is the weight with the feedback of the columns before,
     `above` that of the rows above. Their errors differ: `wrong_in_row` is y - levels, `wrong` is
     y + above - levels.
     """
 
-    def __init__(self, y: Tensor, above: Tensor, scale: Tensor, weight: Tensor, step: int) -> None:
-        self._step = step
-        self._y = y.unflatten(0, (-1, BLOCK)).clone()  # [b, BLOCK, C]
-        self._above = above.unflatten(1, (-1, step)).transpose(0, 1).clone()  # [C / g, R, g]
-        self._scale = scale.view(-1, BLOCK, 1)
-        self._weight = weight.view(-1, BLOCK)
-        shape = len(self._y), BLOCK, len(self._above)
-        self._codes = torch.empty(shape, dtype=torch.int64)
-        self._levels, self._wrong, self._wrong_in_row = (y.new_empty(*shape, step) for _ in "123")
+    def __init__(
+        self,
+        y: Tensor,
+        above: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        block: int,
+        spec: CodebookSpec,
+    ) -> None:
+        self._step, self._dim = spec.strip_columns, spec.vector_dim
+        self._y = y.unflatten(0, (-1, block)).clone()  # [b, block, C]
+        # [C / g, R, g]
+        self._above = above.unflatten(1, (-1, self._step)).transpose(0, 1).clone()
+        self._scale = scale.view(-1, block, 1)
+        self._weight = weight.view(-1, block)
+        shape = len(self._y), block, len(self._above)
+        self._codes = torch.empty(*shape, self._step // self._dim, dtype=torch.int64)
+        self._levels, self._wrong, self._wrong_in_row = (
+            y.new_empty(*shape, self._step) for _ in "123"
+        )
 
     def round(self, encoder: Encoder, along: Tensor, across: Tensor) -> None:
         """Round all blocks; `along` and `across`: `_padded_feedback` of the columns and rows."""
-        blocks, _, groups = self._codes.shape
+        blocks, rows, groups = self._codes.shape[:3]
         y = self._y.unflatten(2, (groups, self._step))
-        above = self._above.unflatten(1, (blocks, BLOCK))
+        above = self._above.unflatten(1, (blocks, rows))
         for diagonal in range(blocks + groups - 1):
             first, end = max(0, diagonal - groups + 1), min(blocks, diagonal + 1)
             i = torch.arange(first, end)
             j = diagonal - i
-            mine = y[i, :, j]  # [n, BLOCK, g]
+            mine = y[i, :, j]  # [n, block, g]
             target = mine + above[j, i]
             scale = self._scale[first:end]
-            x = (target / scale).view(-1, 1, self._step)
-            code = encoder.encode(x, self._weight[first:end].reshape(-1))
-            level = encoder.codebook.decode(code).float().view_as(target)
+            x = (target / scale).view(-1, self._step // self._dim, self._dim)
+            code, level = encoder.round(x, self._weight[first:end].reshape(-1))
+            level = level.view_as(target)
             wrong_in_row, wrong = mine - level * scale, target - level * scale
             self._y[first:end] -= wrong_in_row @ along[j]
             self._above[j] -= across[i].transpose(1, 2) @ wrong
-            self._codes[i, :, j] = code.view(-1, BLOCK)
+            self._codes[i, :, j] = code.view(len(i), rows, -1)
             self._levels[i, :, j] = level
             self._wrong[i, :, j], self._wrong_in_row[i, :, j] = wrong, wrong_in_row
 
     @property
     def codes(self) -> Tensor:
-        """int64 [R, C / g]."""
-        return self._codes.flatten(0, 1)
+        """int64 [R, groups]."""
+        return self._codes.flatten(2).flatten(0, 1)
 
     @property
     def levels(self) -> Tensor:

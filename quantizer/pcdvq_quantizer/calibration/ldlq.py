@@ -16,12 +16,12 @@ from pcdvq_quantizer.encode import Encoder
 SPAN = 128  # Columns whose feedback is applied at once to all columns after them.
 
 
-def cholesky_feedback(hessian: Tensor, vector_dim: int) -> Tensor:
+def cholesky_feedback(hessian: Tensor, columns: int) -> Tensor:
     """What an error in one group changes in the groups after it.
 
     Args:
         hessian: fp64 [K, K], positive definite.
-        vector_dim: g, columns of a group.
+        columns: g, of a group: those that are rounded together.
 
     Returns:
         fp32 [K, K]: rounding group B with error e [g] is made up for by subtracting
@@ -30,7 +30,7 @@ def cholesky_feedback(hessian: Tensor, vector_dim: int) -> Tensor:
     Raises:
         torch.linalg.LinAlgError: `hessian` is not positive definite.
     """
-    return feedback_of(inverse_cholesky(hessian), vector_dim)
+    return feedback_of(inverse_cholesky(hessian), columns)
 
 
 def inverse_cholesky(hessian: Tensor) -> Tensor:
@@ -39,12 +39,12 @@ def inverse_cholesky(hessian: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-def feedback_of(upper: Tensor, vector_dim: int) -> Tensor:
+def feedback_of(upper: Tensor, columns: int) -> Tensor:
     """`cholesky_feedback` for the result of `inverse_cholesky`."""
     size = len(upper)
-    rows = upper.view(-1, vector_dim, size)  # [K / g, g, K]
+    rows = upper.view(-1, columns, size)  # [K / g, g, K]
     groups = torch.arange(len(rows))
-    diagonal = rows.unflatten(2, (-1, vector_dim))[groups, :, groups]  # [K / g, g, g]
+    diagonal = rows.unflatten(2, (-1, columns))[groups, :, groups]  # [K / g, g, g]
     return torch.linalg.solve_triangular(diagonal, rows, upper=True).float().reshape(size, size)
 
 
@@ -60,18 +60,20 @@ def ldlq(
         row_weight: fp32 [N], importance of each row's error.
 
     Returns:
-        (codes int64 [N, K / g], levels fp32 [N, K]).
+        (codes int64 [N, groups], N of whole chains; levels fp32 [N, K]).
     """
     x = x.clone()
-    step = encoder.codebook.spec.vector_dim
+    spec = encoder.codebook.spec
+    step = spec.strip_columns
     levels, codes = torch.empty_like(x), []
     for start in range(0, x.shape[1], SPAN):
         end = min(start + SPAN, x.shape[1])
         error = x.new_empty(len(x), end - start)
         for left in range(start, end, step):
             right = left + step
-            code = encoder.encode(x[:, None, left:right].contiguous(), row_weight)
-            level = encoder.codebook.decode(code)[:, 0].float()
+            groups = x[:, left:right].unflatten(1, (-1, spec.vector_dim))
+            code, level = encoder.round(groups.contiguous(), row_weight)
+            level = level.flatten(1)
             wrong = x[:, left:right] - level
             x[:, right:end] -= wrong @ feedback[left:right, right:end]
             error[:, left - start : right - start] = wrong

@@ -59,7 +59,7 @@ def quantize_stage(
     """
     spec = codebook.codebook.spec
     moments = Moments(
-        *processes.once(lambda: prepare_moments(statistics.rotated(signs, block), spec.vector_dim))
+        *processes.once(lambda: prepare_moments(statistics.rotated(signs, block), spec.strip_columns))
     )
     shares = [processes.share(len(weight), spec.row_multiple) for weight in weights]
     parts = [weight[share] for weight, share in zip(weights, shares, strict=True)]
@@ -73,19 +73,21 @@ def quantize_stage(
         blocks = [b for each, s in zip(outputs, shares, strict=True) for b in each.rows(s)]
         codes, row_scale, decoded = _round_rows(aim, moments, codebook, blocks)
     layers, dense = [], []
-    split = (each.split(counts) for each in (original, aim, codes, row_scale, decoded))
-    rows = zip(*split, strict=True)
-    for weight, (part, wanted, code, scale, levels) in zip(weights, rows, strict=True):
-        errors = ErrorSum(spec.vector_dim)
+    split = (each.split(counts) for each in (original, aim, row_scale, decoded))
+    stored = codes.split([spec.stored_rows(count) for count in counts])
+    rows = zip(*split, stored, strict=True)
+    for weight, (part, wanted, scale, levels, code) in zip(weights, rows, strict=True):
+        errors = ErrorSum(spec)
         errors.add(part, levels)
         energies = torch.stack(
             [energy(levels - wanted, moments.hessian), energy(part, moments.hessian)]
         )
         processes.sum(errors.sums, energies)
-        whole = partial(processes.gather, total=len(weight), unit=spec.row_multiple)
+        gather = partial(processes.gather, unit=spec.row_multiple)
+        whole = partial(gather, total=len(weight))
         layers.append(
             QuantizedLinear(
-                whole(pack_codes(code, spec.code_bits)),
+                gather(pack_codes(code, spec.code_bits), spec.stored_rows(len(weight))),
                 whole(scale),
                 pack_signs(signs),
                 errors.total((energies[0] / energies[1].clamp_min(1e-30)).item()),
@@ -111,9 +113,9 @@ class Moments(NamedTuple):
     wanted: Tensor
 
 
-def prepare_moments(moments: InputStatistics, vector_dim: int) -> Moments:
+def prepare_moments(moments: InputStatistics, columns: int) -> Moments:
     """Everything that costs K^3 operations, whatever the number of rows."""
-    hessian, feedback = damped_feedback(moments, vector_dim)
+    hessian, feedback = damped_feedback(moments, columns)
     factor = torch.linalg.cholesky(_damped(moments.hessian, TARGET_DAMPING))
     wanted = moments.cross if moments.lack is None else moments.lack
     return Moments(hessian, feedback, factor, wanted)
@@ -124,7 +126,7 @@ def _round(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, row scales, decoded weights) of `aim` [N, K], linears of so many rows each."""
     scale = initial_row_scale(aim, codebook)
-    # Together they are faster; but a linear's first row must begin a segment of the trellis.
+    # Together they are faster; but a linear's first row must begin a chain's segment.
     together = not any(count % codebook.codebook.spec.row_multiple for count in counts)
     parts = [sum(counts)] if together else counts
     rounded = [
@@ -143,7 +145,7 @@ def _round_rows(
     results = []
     for part, fisher in zip(aim.split([len(block) for block in blocks]), blocks, strict=True):
         scale = initial_row_scale(part, codebook)
-        rows = RowFactor.of(fisher)
+        rows = RowFactor.of(fisher, codebook.codebook.spec.row_multiple)
         codes, levels = kronecker_ldlq(part, scale, moments.feedback, rows, codebook.encoder)
         row_scale = refit_row_scales(part, levels, moments.hessian, rows.fisher)
         results.append((codes, row_scale, levels * row_scale.float().unsqueeze(1)))
@@ -151,7 +153,7 @@ def _round_rows(
     return codes, row_scale, decoded
 
 
-def damped_feedback(moments: InputStatistics, vector_dim: int) -> tuple[Tensor, Tensor]:
+def damped_feedback(moments: InputStatistics, columns: int) -> tuple[Tensor, Tensor]:
     """(damped Hessian fp32 [K, K], its `cholesky_feedback`) of the Hessian of `moments`.
 
     Dead inputs, or fewer tokens than columns, make a Hessian singular: the damping grows until it
@@ -161,7 +163,7 @@ def damped_feedback(moments: InputStatistics, vector_dim: int) -> tuple[Tensor, 
     while True:
         damped = _damped(moments.hessian, share)
         try:
-            return damped.float(), cholesky_feedback(damped, vector_dim)
+            return damped.float(), cholesky_feedback(damped, columns)
         except torch.linalg.LinAlgError:
             share *= 10
 

@@ -15,6 +15,7 @@ from pcdvq_kernels.cache import cache_directory
 from pcdvq_kernels.codebook import Codebook, int8_directions
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.trellis import CHAIN_ROWS, PAIR, UNITS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -24,9 +25,7 @@ from pcdvq_quantizer.encode import Encoder
 E8_DIRECTION_BITS = {2.0: 14, 2.25: 16}
 SAMPLES, ROWS = 1 << 16, 1 << 8  # groups that distortions are measured on
 OFFERED = {
-    "signed": (2.0, 2.25, 3.0, 4.0),
-    "trellis": (2.0, 2.25, 3.0, 4.0),
-    "compact": (2.0, 3.0, 4.0),
+    "trellis": (1.5, 2.0, 2.5, 3.0, 3.5, 4.0),
     "e8": tuple(E8_DIRECTION_BITS),
     "pvq": (2.0, 2.25, 3.0, 3.25, 4.0),
     "int8": (8.0,),
@@ -40,18 +39,20 @@ class NamedCodebook:
     """A codebook as the quantizer uses it.
 
     Attributes:
-        id: its name in checkpoints, such as `signed-2`.
+        id: its name in checkpoints, such as `trellis-2`.
         codebook: the tables.
         unit: levels per standard deviation: N(0, 1) weights times `unit` are encoded best.
+        effort: of the search for codes of codec `trellis`, "exhaustive" or "quick".
     """
 
     id: str
     codebook: Codebook
     unit: float
+    effort: str = "exhaustive"
 
     @cached_property
     def encoder(self) -> Encoder:
-        return Encoder(self.codebook)
+        return Encoder(self.codebook, self.effort)
 
     @property
     def bytes(self) -> int:
@@ -79,8 +80,13 @@ def offered_rates(codec: str) -> tuple[float, ...]:
 
 
 @cache
-def get_codebook(codec: str, bits: float) -> NamedCodebook:
+def get_codebook(
+    codec: str, bits: float, chain_rows: int = CHAIN_ROWS[0], effort: str = "exhaustive"
+) -> NamedCodebook:
     """The codebook of `codec` at `bits` per weight.
+
+    Args:
+        chain_rows, effort: of codec `trellis`; others have none.
 
     Raises:
         PCDVQError: the codec or the rate is not offered.
@@ -92,6 +98,8 @@ def get_codebook(codec: str, bits: float) -> NamedCodebook:
     if codec == "int8":
         return _int8()
     id = f"{codec}-{bits:g}"
+    if codec == "trellis":
+        return _trellis(id, bits, chain_rows, effort)
     if codec != "e8":
         with resources.as_file(resources.files(__package__) / "tables") as tables:
             return load_codebook(id, tables / f"{id}.safetensors")
@@ -131,14 +139,20 @@ def _int8() -> NamedCodebook:
     spec = CodebookSpec(
         codec="int8",
         vector_dim=1,
-        signs=False,
-        parity=False,
         pattern_bits=8,
-        magnitude_bits=0,
-        shift=0,
     )
     tables = Codebook(spec, int8_directions(), torch.ones(1, dtype=torch.uint8))
     return NamedCodebook("int8", tables, INT8_UNIT)
+
+
+def _trellis(id: str, bits: float, chain_rows: int, effort: str) -> NamedCodebook:
+    code_bits = round(PAIR * bits)
+    spec = CodebookSpec(
+        codec="trellis", vector_dim=PAIR, pattern_bits=code_bits, chain_rows=chain_rows
+    )
+    none = torch.empty(0, PAIR, dtype=torch.int8), torch.ones(1, dtype=torch.uint8)
+    name = id if chain_rows == CHAIN_ROWS[0] else f"{id}-rows{chain_rows}"
+    return NamedCodebook(name, Codebook(spec, *none), UNITS[code_bits], effort)
 
 
 def _e8_path(id: str) -> Path:
@@ -153,8 +167,6 @@ def _cached_e8(id: str, direction_bits: int) -> NamedCodebook:
     spec = CodebookSpec(
         codec="e8",
         vector_dim=8,
-        signs=False,
-        parity=False,
         pattern_bits=direction_bits,
         magnitude_bits=2,
         shift=7,

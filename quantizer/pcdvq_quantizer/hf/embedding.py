@@ -54,7 +54,7 @@ class PCDVQEmbedding(PackedWeight):
 
     def extra_repr(self) -> str:
         bits = self.layout.spec.bits
-        return f"{len(self.qweight)}, {8 * len(self.signs_in)}, bits={bits:g}"
+        return f"{len(self.row_scale)}, {8 * len(self.signs_in)}, bits={bits:g}"
 
 
 def _find_scale(module: nn.Embedding) -> float | Tensor | None:

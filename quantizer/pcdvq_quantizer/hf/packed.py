@@ -17,7 +17,7 @@ class PackedWeight(nn.Module):
     """W' [N, K] as codes (FORMAT.md).
 
     Buffers:
-        qweight    uint8 [N, row_bytes(K)]
+        qweight    uint8 [stored_rows(N), row_bytes(K)]
         row_scale  fp32 [N], as the operators take it; bf16 on disk
         signs_in   uint8 [K / 8]
         codewords  int8, see `Codebook.codewords`, from `set_codebook`
@@ -39,7 +39,8 @@ class PackedWeight(nn.Module):
         super().__init__()
         self.layout = layout
         self._layout_ints = layout.to_ints()
-        qweight = torch.empty(rows, layout.spec.row_bytes(columns), dtype=torch.uint8)
+        spec = layout.spec
+        qweight = torch.empty(spec.stored_rows(rows), spec.row_bytes(columns), dtype=torch.uint8)
         self.register_buffer(QWEIGHT, qweight)
         self.register_buffer(ROW_SCALE, torch.empty(rows, dtype=torch.float32))
         self.register_buffer(SIGNS_IN, torch.empty(columns // 8, dtype=torch.uint8))
@@ -74,9 +75,9 @@ class PackedWeight(nn.Module):
 
     def dense_weight(self, codebook: Codebook, dtype: torch.dtype) -> nn.Parameter:
         """W' in `dtype`; `codebook` on the weight's device."""
-        rows, columns = len(self.qweight), 8 * len(self.signs_in)
+        rows, columns = len(self.row_scale), 8 * len(self.signs_in)
         weight = torch.empty(rows, columns, dtype=dtype, device=self.qweight.device)
-        segment = self.layout.spec.row_multiple  # the trellis starts anew at such rows
+        segment = self.layout.spec.row_multiple  # chains start anew at such rows
         step = max(1, CHUNK_WEIGHTS // (columns * segment)) * segment
         for first in range(0, rows, step):
             chunk = slice(first, first + step)

@@ -151,7 +151,7 @@ struct Blocks {
     const std::unique_ptr<Scratch[]> scratch(new (std::nothrow) Scratch[size_t(threads)]);
     if (!levels || !scales || !corrections || !scratch) return PCDVQ_NO_MEMORY;
     for (int i = 0; i < threads; ++i) {
-      scratch[i].acc = allocate<float>(std::max(rows, kPanelStrips) * kPanelOutputs);
+      scratch[i].acc = allocate<float>(padded_rows() * kPanelOutputs);
       scratch[i].rotated = allocate<float>(linear.run_floats());
       if (!scratch[i].acc || !scratch[i].rotated) return PCDVQ_NO_MEMORY;
       // The last panel multiplies strips that nobody decoded.

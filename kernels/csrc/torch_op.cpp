@@ -164,8 +164,12 @@ struct Call {
     p.n = row_scale.sizes()[0];
     const PcdvqLinearShape* shape = find_shape(p.layout, p.k);
     if (!shape) return nullptr;
-    p.packed = qweight.is(kUint8, (p.n + 15) / 16, (p.k + 63) / 64, shape->block_bytes);
-    if (!(p.packed || qweight.is(kUint8, p.n, shape->row_bytes)) || !row_scale.is(kFloat32, p.n) ||
+    // Chains are whole: in rows of codes, and in packed tiles of 64 rows.
+    const int64_t chain = std::max<int64_t>(1, p.layout.chain_rows), strip = chain > 1 ? 64 : 16;
+    const int64_t rows = (p.n + chain - 1) / chain * chain;
+    const int64_t strips = (p.n + strip - 1) / strip * strip / 16;
+    p.packed = qweight.is(kUint8, strips, (p.k + 63) / 64, shape->block_bytes);
+    if (!(p.packed || qweight.is(kUint8, rows, shape->row_bytes)) || !row_scale.is(kFloat32, p.n) ||
         !signs_in.is(kUint8, p.k / 8) ||
         !codewords.is(kInt8, shape->codewords, p.layout.vector_dim)) {
       return nullptr;

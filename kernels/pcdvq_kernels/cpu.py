@@ -35,7 +35,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY = 1
 _NO_ISA = 2
 _BAD_ID = 3
-_OTHER_ISA = "isa {!r} does not read packed codes; give it the checkpoint's"
+_OTHER_ISA = "isa {!r} cannot read packed weights; pass the checkpoint's qweight"
 
 
 # PcdvqLinear of kernels/csrc/pcdvq.h. Packing takes a third of what a ctypes.Structure takes.

@@ -16,97 +16,53 @@ from pcdvq_kernels.ops import Layout
 from torch import Tensor
 
 
-def _spec(
-    vector_dim: int,
-    signs: bool,
-    parity: bool,
-    pattern_bits: int,
-    magnitude_bits: int,
-    *,
-    rotation_bits: int = 0,
-    state_bits: int = 0,
-) -> CodebookSpec:
+def _trellis(code_bits: int, chain_rows: int) -> CodebookSpec:
     return CodebookSpec(
-        codec="trellis" if state_bits else "signed" if signs else "e8",
-        vector_dim=vector_dim,
-        signs=signs,
-        parity=parity,
-        pattern_bits=pattern_bits,
-        magnitude_bits=magnitude_bits,
-        shift=3,
-        rotation_bits=rotation_bits,
-        state_bits=state_bits,
+        codec="trellis", vector_dim=2, pattern_bits=code_bits, chain_rows=chain_rows
     )
 
 
-def _compact(code_bits: int) -> CodebookSpec:
+def _e8(pattern_bits: int, magnitude_bits: int) -> CodebookSpec:
     return CodebookSpec(
-        codec="compact",
-        vector_dim=4,
-        signs=False,
-        parity=False,
-        pattern_bits=code_bits,
-        magnitude_bits=0,
+        codec="e8",
+        vector_dim=8,
+        pattern_bits=pattern_bits,
+        magnitude_bits=magnitude_bits,
         shift=3,
-        state_bits=5 - (code_bits - 8) // 4,
     )
 
 
 def _pyramids(code_bits: int, pulses: tuple[int, ...]) -> CodebookSpec:
     return CodebookSpec(
-        codec="pvq",
-        vector_dim=8,
-        signs=False,
-        parity=False,
-        pattern_bits=code_bits,
-        magnitude_bits=0,
-        shift=3,
-        pulses=pulses,
+        codec="pvq", vector_dim=8, pattern_bits=code_bits, shift=3, pulses=pulses
     )
 
 
 # The layouts with a kernel of their own, then ones that take the generic decoder.
 SPECS = {
-    "signed-8x16": _spec(8, True, True, 7, 1),
-    "signed-8x18": _spec(8, True, True, 9, 1),
-    "signed-4x12": _spec(4, True, True, 7, 1),
-    "signed-4x16": _spec(4, True, False, 10, 2),
-    "trellis-8x16": _spec(8, True, True, 8, 0, rotation_bits=3, state_bits=3),
-    "trellis-8x18": _spec(8, True, True, 10, 0, rotation_bits=3, state_bits=3),
-    "trellis-4x12": _spec(4, True, True, 8, 0, rotation_bits=2, state_bits=3),
-    "trellis-4x16": _spec(4, True, False, 12, 0, rotation_bits=2, state_bits=2),
-    "compact-4x8": _compact(8),
-    "compact-4x12": _compact(12),
-    "compact-4x16": _compact(16),
-    "generic-trellis-4x8": _spec(4, True, True, 4, 0, state_bits=2),
-    "generic-trellis-8x16": _spec(8, True, True, 8, 0, state_bits=4),
-    "generic-trellis-8x11": _spec(8, True, False, 3, 0, rotation_bits=3, state_bits=3),
-    "generic-trellis-4x15": _spec(4, True, True, 11, 0, rotation_bits=2, state_bits=1),
-    "generic-trellis-2x8": _spec(2, True, False, 6, 0, state_bits=3),
-    "generic-trellis-2x7": _spec(2, True, True, 5, 0, rotation_bits=1, state_bits=2),
-    "generic-2x8": _spec(2, True, False, 5, 1),
-    "generic-rotated-4x13": _spec(4, True, True, 9, 0, rotation_bits=2),
-    "int8": CodebookSpec(
-        codec="int8",
-        vector_dim=1,
-        signs=False,
-        parity=False,
-        pattern_bits=8,
-        magnitude_bits=0,
-        shift=0,
-    ),
-    "e8-16": _spec(8, False, False, 14, 2),
-    "e8-18": _spec(8, False, False, 16, 2),
+    "trellis-3x64": _trellis(3, 64),
+    "trellis-4x64": _trellis(4, 64),
+    "trellis-5x64": _trellis(5, 64),
+    "trellis-6x64": _trellis(6, 64),
+    "trellis-7x64": _trellis(7, 64),
+    "trellis-8x64": _trellis(8, 64),
+    "trellis-4x32": _trellis(4, 32),
+    "trellis-5x32": _trellis(5, 32),
+    "trellis-8x32": _trellis(8, 32),
+    "trellis-3x16": _trellis(3, 16),
+    "trellis-6x16": _trellis(6, 16),
+    "trellis-7x16": _trellis(7, 16),
+    "int8": CodebookSpec(codec="int8", vector_dim=1, pattern_bits=8),
+    "e8-16": _e8(14, 2),
+    "e8-18": _e8(16, 2),
     "pvq-18": _pyramids(18, (8, 3)),
     "pvq-24": _pyramids(24, (11, 1, 14)),
     "pvq-26": _pyramids(26, (17, 15)),
     "pvq-32": _pyramids(32, (25, 12)),
     "generic-pvq-29": _pyramids(29, (26, 2)),
-    "generic-8x1": _spec(8, False, False, 1, 0),
-    "generic-8x13": _spec(8, True, False, 5, 0),
-    "generic-8x24": _spec(8, True, True, 14, 2),
-    "generic-4x11": _spec(4, True, False, 5, 2),
-    "generic-2x20": _spec(2, True, True, 16, 2),
+    "generic-8x1": _e8(1, 0),
+    "generic-8x13": _e8(13, 0),
+    "generic-8x11": _e8(7, 4),
 }
 BLOCKS = {8: 2, 72: 8, 576: 64, 896: 128, 1536: 512, 4864: 256}
 
@@ -174,8 +130,7 @@ def random_codebook(codec: str) -> tuple[Codebook, Tensor]:
     if codec == "int8":
         codebook = Codebook(spec, int8_directions(), torch.ones(1, dtype=torch.uint8))
         return codebook, codebook.codewords()
-    lowest = 0 if spec.signs else -60
-    directions = torch.randint(lowest, 61, (spec.rows, spec.vector_dim), generator=generator)
+    directions = torch.randint(-60, 61, (spec.rows, spec.vector_dim), generator=generator)
     highest = 129 if spec.pulses else 17  # levels of pyramids may be cut
     magnitudes = torch.randint(1, highest, (spec.magnitude_count,), generator=generator)
     codebook = Codebook(spec, directions.to(torch.int8), magnitudes.to(torch.uint8))
@@ -189,7 +144,7 @@ def random_case(
     codebook, codewords = random_codebook(codec)
     return Case(
         x=torch.randn(m, k, generator=generator),
-        qweight=_random_bytes((n, codebook.spec.row_bytes(k)), generator),
+        qweight=_random_bytes((codebook.spec.stored_rows(n), codebook.spec.row_bytes(k)), generator),
         row_scale=torch.rand(n, generator=generator) / 64,
         signs_in=_random_bytes((k // 8,), generator),
         codebook=codebook,

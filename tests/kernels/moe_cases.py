@@ -69,7 +69,7 @@ class MoeCase:
 
 
 def moe_case(
-    codec: str, tokens: int, *, hidden: int = 72, inner: int = 40, experts: int = 7, top_k: int = 3
+    codec: str, tokens: int, *, hidden: int = 128, inner: int = 64, experts: int = 7, top_k: int = 3
 ) -> MoeCase:
     """Expert 1 gets no token; some choices are of experts elsewhere (-1)."""
     generator = torch.Generator().manual_seed(tokens)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from linear_cases import SPECS, Case, random_case
-from pcdvq_kernels import cpu, cpu_search, windows
+from pcdvq_kernels import cpu, cpu_search, trellis
 from pcdvq_kernels.arguments import ACTIVATIONS
 from pcdvq_kernels.vptq import cpu as vptq
 from pcdvq_kernels.vptq import ops
@@ -41,7 +41,6 @@ SHAPES = (
     (9, 16, 8),
 )
 SMALL = tuple(shape for shape in SHAPES if shape[0] * shape[1] * shape[2] < 100_000)
-TRELLISES = ((8, True, 3, 8), (4, True, 3, 8), (4, False, 2, 12), (2, False, 3, 4), (2, True, 1, 1))
 
 
 def cases(codec: str, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Case]:
@@ -68,7 +67,7 @@ def call_layers(isa: str, codec: str) -> int:
             packed = cpu.prepack(qweight, rest[-1], x.shape[-1], isa=isa)
             if packed is not qweight:
                 cpu.linear(x, packed, *rest, isa=isa)
-        rows = len(case.qweight)
+        rows = len(case.row_scale)
         ids = torch.arange(rows).flip(0)
         cpu.embedding(*case.embedding_args(ids, case.x.dtype), isa=isa)
         try:
@@ -79,7 +78,7 @@ def call_layers(isa: str, codec: str) -> int:
 
 
 def call_searches(isa: str) -> int:
-    """Nearest codewords and trellis codes; returns the number of calls."""
+    """Nearest codewords and codes of chains; returns the number of calls."""
     calls = 0
 
     def normal(*shape: int) -> Tensor:
@@ -89,23 +88,14 @@ def call_searches(isa: str) -> int:
         for count, groups in ((1, 1), (3, 257), (600, 40), (257, 0)):
             cpu_search.nearest(normal(groups, dim), normal(count, dim), normal(count), isa=isa)
             calls += 1
-    for dim, parity, state_bits, field_bits in TRELLISES:
-        codewords = normal(1 << (state_bits + field_bits + parity), dim).abs()
-        for rows, groups in ((17, 5), (3, 1), (32, 35 if field_bits < 8 else 3), (0, 2)):
-            x = normal(rows, groups, dim)
-            for values in (x, torch.full_like(x, torch.nan)) if rows < 10 else (x,):
-                cpu_search.trellis(
-                    values, normal(rows).abs(), codewords, parity, state_bits, isa=isa
-                )
-                calls += 1
-    for code_bits in windows.CODE_BITS:
-        for rows, groups in ((17, 5), (3, 1), (0, 2)):
-            x = normal(rows, groups, windows.DIM)
-            for values in (x, torch.full_like(x, torch.nan)):
-                cpu_search.window_codes(
-                    values, normal(rows).abs(), normal(128, windows.DIM), code_bits, isa=isa
-                )
-                calls += 1
+    for code_bits in trellis.CODE_BITS:
+        for rows, columns in ((64, 2), (32, 4), (16, 8)):
+            x = 40 * normal(rows, columns)
+            for values in (x, torch.full_like(x, torch.nan), torch.full_like(x, 1e30)):
+                for effort in ("exhaustive", "quick"):
+                    weight = normal(rows).abs()
+                    cpu_search.chain_codes(values, weight, code_bits, rows, effort, isa=isa)
+                    calls += 1
     return calls
 
 

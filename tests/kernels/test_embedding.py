@@ -53,7 +53,7 @@ def test_matches_reference(isa: str, codec: str, k: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("codec", ["int8", "signed-4x16", "signed-4x12"])
+@pytest.mark.parametrize("codec", ["int8", "trellis-8x64", "trellis-4x32"])
 def test_decodes_exactly(isa: str, codec: str) -> None:
     """Without a rotation nothing is rounded but the product with the scale."""
     case = random_case(codec, 1, ROWS, 576, block=1)
@@ -75,7 +75,7 @@ def test_every_int8_code() -> None:
 @pytest.mark.parametrize("dtype", HALF_STEP)
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_types(dtype: torch.dtype, ids_dtype: torch.dtype) -> None:
-    case = random_case("signed-4x16", 1, ROWS, 576)
+    case = random_case("trellis-8x64", 1, ROWS, 576)
     found = op(*case.embedding_args(IDS.to(ids_dtype), dtype))
     assert found.shape == (2, 4, 576)
     close(found, case.embedding_reference(IDS), dtype)
@@ -109,7 +109,7 @@ def test_ids_out_of_range_without_library(without_library: None) -> None:
     ("change", "message"),
     [
         ({"qweight": torch.zeros(ROWS, 71, dtype=torch.uint8)}, "qweight"),
-        ({"row_scale": torch.zeros(ROWS + 1)}, "row_scale"),
+        ({"row_scale": torch.zeros(ROWS + 1)}, "qweight"),
         ({"signs_in": torch.zeros(8, dtype=torch.uint8)}, "qweight"),
         ({"codewords": torch.zeros(128, 1, dtype=torch.int8)}, "codewords"),
         ({"block": 16}, "hadamard_block 16 does not divide K = 72"),
@@ -128,8 +128,8 @@ def test_bad_types() -> None:
     with pytest.raises(PCDVQError, match=r"dtype is torch\.float64"):
         op(*case.embedding_args(IDS, torch.float64))
     *args, layout, dtype = case.embedding_args(IDS)
-    with pytest.raises(PCDVQError, match="vector_dim must be 2, 4 or 8, or 1"):
-        op(*args, [*layout[:4], 7, 1, *layout[6:]], dtype)
+    with pytest.raises(PCDVQError, match="vector_dim must be 8, 2 with chains, or 1"):
+        op(*args, [*layout[:2], 7, 1, *layout[4:]], dtype)
 
 
 @pytest.mark.parametrize("codec", SPECS)

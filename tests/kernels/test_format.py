@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pcdvq_kernels import reference
+from pcdvq_kernels import reference, trellis
 from pcdvq_kernels.codebook import Codebook, int8_directions
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import CheckpointError
@@ -10,55 +10,13 @@ from pcdvq_kernels.hadamard import block_hadamard, choose_block
 from pcdvq_kernels.packing import pack_codes, pack_signs, unpack_codes, unpack_signs
 from pydantic import ValidationError
 
-SMALL = CodebookSpec(
-    codec="signed",
-    vector_dim=2,
-    signs=True,
-    parity=True,
-    pattern_bits=1,
-    magnitude_bits=1,
-    shift=0,
-)
+SMALL = CodebookSpec(codec="e8", vector_dim=8, pattern_bits=1, magnitude_bits=1)
+DIRECTIONS = [[1, 2, -3, 4, 5, -6, 7, 8], [-8, 7, 6, 5, -4, 3, 2, 1]]
 SMALL_BOOK = Codebook(
     SMALL,
-    torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]], dtype=torch.int8),
+    torch.tensor(DIRECTIONS, dtype=torch.int8),
     torch.tensor([1, 10], dtype=torch.uint8),
 )
-
-TRELLIS = SMALL.model_copy(
-    update={
-        "codec": "trellis",
-        "pattern_bits": 2,
-        "magnitude_bits": 0,
-        "rotation_bits": 1,
-        "state_bits": 1,
-    }
-)
-TRELLIS_BOOK = Codebook(
-    TRELLIS,
-    torch.arange(1, 17, dtype=torch.int8).view(8, 2),
-    torch.ones(1, dtype=torch.uint8),
-)
-
-
-COMPACT = CodebookSpec(
-    codec="compact",
-    vector_dim=4,
-    signs=False,
-    parity=False,
-    pattern_bits=12,
-    magnitude_bits=0,
-    shift=0,
-    state_bits=4,
-)
-
-
-def rows_as_levels(code_bits: int) -> Codebook:
-    """A codebook of codec `compact` whose level in a row is the row's number less 64."""
-    change = {"pattern_bits": code_bits, "state_bits": 5 - (code_bits - 8) // 4}
-    spec = CodebookSpec.model_validate(COMPACT.model_dump() | change)
-    directions = (torch.arange(128) - 64).to(torch.int8).unsqueeze(1).repeat(1, 4)
-    return Codebook(spec, directions, torch.ones(1, dtype=torch.uint8))
 
 
 def bytes_of(text: str) -> torch.Tensor:
@@ -100,107 +58,88 @@ def test_golden_signs() -> None:
 
 
 def test_golden_decode() -> None:
-    """Code 0bMPSS: two signs, a pattern bit, a magnitude bit; an odd sign count picks odd rows."""
-    codes = torch.tensor([0b0000, 0b0001, 0b0010, 0b0011, 0b0100, 0b0101, 0b1111])
-    levels = [[1, 2], [-3, 4], [3, -4], [-1, -2], [5, 6], [-7, 8], [-50, -60]]
-    assert SMALL_BOOK.decode(codes).tolist() == levels
+    """Code 0bMP: a pattern bit, a magnitude bit."""
+    levels = SMALL_BOOK.decode(torch.tensor([0b00, 0b01, 0b10, 0b11])).tolist()
+    tens = [[10 * level for level in row] for row in DIRECTIONS]
+    assert levels == [*DIRECTIONS, *tens]
 
 
-def test_golden_trellis_decode() -> None:
-    """Code 0bRBSS: two signs, a base bit, a rotation bit, which is the state of the row below."""
-    codes = torch.tensor([[0b0000], [0b1001], [0b0110], [0b1111], [0b0000]])
-    levels = [[1, 2], [-4, 3], [15, -16], [-6, -5], [9, 10]]
-    assert TRELLIS_BOOK.decode(codes)[:, 0].tolist() == levels
+def test_golden_windows() -> None:
+    """The bytes of 0x0102 * 0x96459645 are 8A, 71, 21, 72 from the lowest, of 0xFFFF BB, 69, FF, FF."""
+    windows = torch.tensor([0, 0x0102, 0xFFFF])
+    pairs = [[0, 0], [(0x8A + 0x21 + 1) // 2, (0x71 + 0x72 + 1) // 2], [221, 180]]
+    assert (trellis.window_levels(windows, 4) + 128).tolist() == pairs
+    assert (trellis.window_levels(windows, 8) + 128).tolist() == [0, (86 + 114) // 2, 201]
 
 
-def test_trellis_segments_start_over() -> None:
-    codes = torch.full((35, 1), 0b1000)
-    first, others = [2, 1], [10, 9]
-    levels = TRELLIS_BOOK.decode(codes)[:, 0].tolist()
-    assert levels == [first if row in (0, 16, 32) else others for row in range(35)]
-    assert TRELLIS_BOOK.decode(codes[16:])[:, 0].tolist() == levels[16:]
+@pytest.mark.parametrize("chain_rows", trellis.CHAIN_ROWS)
+@pytest.mark.parametrize("code_bits", trellis.CODE_BITS)
+def test_chains_bit_by_bit(code_bits: int, chain_rows: int) -> None:
+    """FORMAT.md's text, with strings of bits."""
+    columns = 128 // chain_rows
+    codes = torch.randint(0, 1 << code_bits, (2 * chain_rows, columns))  # two strips
+    found = trellis.decode(codes, code_bits, chain_rows)
+    for segment in range(2):
+        for strip in range(2):
+            places = [
+                (segment * chain_rows + row, strip * columns // 2 + pair)
+                for pair in range(columns // 2)
+                for row in range(chain_rows)
+            ]
+            ring = "".join(f"{codes[place].item():0{code_bits}b}" for place in places)
+            for step, place in enumerate(places):
+                ends = [(step + 1) * code_bits]
+                if code_bits >= 6:
+                    ends.insert(0, step * code_bits + (code_bits + 1) // 2)
+                windows = [int("".join(ring[i % len(ring)] for i in range(e - 16, e)), 2) for e in ends]
+                levels = trellis.window_levels(torch.tensor(windows), code_bits).flatten()
+                assert found[place].tolist() == levels.tolist()
 
 
 def test_golden_trellis_bytes() -> None:
-    """Two rows, K = 8: the low nibble of a byte is the first code."""
-    qweight = torch.stack([bytes_of("9000"), bytes_of("f610")])
-    levels = [[1, 2, -4, 3, 1, 2, 1, 2], [7, -8, -14, -13, 1, 2, -3, 4]]
-    assert reference.decode_levels(qweight, TRELLIS_BOOK, 8).tolist() == levels
+    """A code of 4 bits is a nibble, the first one low; row 0 follows row 63."""
+    codebook = get_trellis(4, 64)
+    qweight = torch.zeros(64, 4, dtype=torch.uint8)  # K = 16
+    qweight[0, 1], qweight[63, 1] = 0x21, 0x43  # pairs 2 and 3
+    levels = reference.decode_levels(qweight, codebook, 16)
+    assert levels[0, 4:8].tolist() == trellis.window_levels(
+        torch.tensor([0x0031, 0x0042]), 4
+    ).flatten().tolist()
+    assert levels[1, 4:8].tolist() == trellis.window_levels(
+        torch.tensor([0x0310, 0x0420]), 4
+    ).flatten().tolist()
+    assert (levels[:, :4] == -128).all()
+
+
+def get_trellis(code_bits: int, chain_rows: int) -> Codebook:
+    spec = CodebookSpec(
+        codec="trellis", vector_dim=2, pattern_bits=code_bits, chain_rows=chain_rows
+    )
+    empty = torch.empty(0, 2, dtype=torch.int8)
+    return Codebook(spec, empty, torch.ones(1, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"codec": "signed"},
-        {"state_bits": 0},
+        {"codec": "e8"},
+        {"vector_dim": 8},
+        {"pattern_bits": 2},
+        {"pattern_bits": 9},
         {"magnitude_bits": 1},
-        {"rotation_bits": 2},
-        {"state_bits": 3},
-        {"state_bits": 5},
-        {"signs": False, "parity": False},
+        {"chain_rows": 0},
+        {"chain_rows": 8},
+        {"shift": 1},
+        {"pulses": (3,)},
     ],
 )
 def test_trellis_layout_out_of_limits(change: dict) -> None:
     with pytest.raises(ValidationError):
-        CodebookSpec.model_validate(TRELLIS.model_dump() | change)
-
-
-def test_golden_windows() -> None:
-    """Two bits of a row's stream to a coordinate, in windows of 6, and an extra bit above them."""
-    codes = torch.tensor([[0b10000011_0101], [0b00000000_0000]])
-    # The row's stream is 1, 0, 0, 0, 0, 0, 1 and 1, the last one from the lowest bit of the eight.
-    windows = [[0b010000, 0b000100, 0b000001, 0b110000], [0b001000, 0b000010, 0, 0]]
-    extra = [[1, 0, 1, 0], [0, 0, 0, 0]]
-    levels = torch.tensor(windows) + 64 * torch.tensor(extra) - 64
-    assert torch.equal(rows_as_levels(12).decode(codes)[:, 0].long(), levels)
-
-
-@pytest.mark.parametrize("code_bits", [8, 12, 16])
-def test_windows_bit_by_bit(code_bits: int) -> None:
-    codes = torch.randint(0, 1 << code_bits, (35, 3))
-    width = (code_bits - 8) // 4
-    decoded = rows_as_levels(code_bits).decode(codes) + 64
-    for column in range(codes.shape[1]):
-        for row, code in enumerate(codes[:, column].tolist()):
-            if row % 16 == 0:
-                stream = "0" * (5 - width)
-            new = f"{code >> (4 * width):08b}"[::-1]  # the lowest bit first
-            stream += new[1:]
-            for j in range(4):
-                end = len(stream) - 7 + 2 * (j + 1)
-                bits = (stream + new[0])[end - (7 - width) : end]
-                window = int(bits[::-1], 2)
-                extra = code >> (width * j) & ((1 << width) - 1)
-                assert decoded[row, column, j] == window | extra << (7 - width)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"vector_dim": 8},
-        {"signs": True},
-        {"pattern_bits": 10},
-        {"state_bits": 5},
-        {"magnitude_bits": 1},
-        {"codec": "trellis"},
-        {"codec": "e8"},
-    ],
-)
-def test_compact_layout_out_of_limits(change: dict) -> None:
-    with pytest.raises(ValidationError):
-        CodebookSpec.model_validate(COMPACT.model_dump() | change)
+        CodebookSpec.model_validate(get_trellis(4, 64).spec.model_dump() | change)
 
 
 def test_int8_codes_are_the_levels() -> None:
-    spec = CodebookSpec(
-        codec="int8",
-        vector_dim=1,
-        signs=False,
-        parity=False,
-        pattern_bits=8,
-        magnitude_bits=0,
-        shift=0,
-    )
+    spec = CodebookSpec(codec="int8", vector_dim=1, pattern_bits=8)
     one = torch.ones(1, dtype=torch.uint8)
     book = Codebook(spec, int8_directions(), one)
     assert book.decode(torch.tensor([0, 1, 127, 128, 129, 255])).flatten().tolist() == [
@@ -210,38 +149,37 @@ def test_int8_codes_are_the_levels() -> None:
     with pytest.raises(CheckpointError, match="not those of codec int8"):
         Codebook(spec, int8_directions().neg(), one)
     for changes in ({"vector_dim": 2}, {"codec": "e8"}, {"magnitude_bits": 1}, {"shift": 1}):
-        with pytest.raises(ValueError, match="int8"):
+        with pytest.raises(ValueError, match="codec"):
             CodebookSpec.model_validate(spec.model_dump() | changes)
 
 
 def test_shift_rounds_to_nearest_half_up() -> None:
-    spec = SMALL.model_copy(
-        update={"signs": False, "parity": False, "shift": 7, "magnitude_bits": 0}
-    )
-    directions = torch.tensor([[3, -3], [5, -5]], dtype=torch.int8)
-    book = Codebook(spec, directions, torch.tensor([64], dtype=torch.uint8))
-    assert book.decode(torch.tensor([0, 1])).tolist() == [[2, -1], [3, -2]]
+    spec = SMALL.model_copy(update={"shift": 7, "magnitude_bits": 0})
+    directions = torch.tensor([[3, -3, 0, 0, 0, 0, 0, 0], [5, -5, 0, 0, 0, 0, 0, 0]])
+    book = Codebook(spec, directions.to(torch.int8), torch.tensor([64], dtype=torch.uint8))
+    assert book.decode(torch.tensor([0, 1]))[:, :2].tolist() == [[2, -1], [3, -2]]
 
 
 def test_golden_dequantize() -> None:
     """One row, K = 8, block 2: levels, then Hadamard, signs and row scale by hand."""
-    qweight = pack_codes(torch.tensor([[0b0000, 0b0001, 0b0100, 0b0011]]), 4)
+    qweight = pack_codes(torch.tensor([[0b00]]), 2)
     signs_in = bytes_of("02")  # column 1 negated
     weight = reference.dequantize(
         qweight, torch.tensor([0.5], dtype=torch.bfloat16), signs_in, SMALL_BOOK, block=2
     )
     root = 2**-0.5
-    expected = [3, 1, 1, -7, 11, -1, -3, 1]  # sums and differences of (1,2) (-3,4) (5,6) (-1,-2)
+    expected = [3, 1, 1, -7, -1, 11, 15, -1]  # sums and differences of (1,2) (-3,4) (5,-6) (7,8)
     assert weight.tolist()[0] == pytest.approx([0.5 * root * value for value in expected])
 
 
 def test_reference_linear_is_the_dense_product() -> None:
-    qweight = torch.randint(0, 256, (5, 36), dtype=torch.uint8)
+    codebook = get_trellis(4, 16)
+    qweight = torch.randint(0, 256, (16, 18), dtype=torch.uint8)
     scale, signs_in = torch.rand(5).bfloat16(), torch.randint(0, 256, (9,), dtype=torch.uint8)
     x, bias = torch.randn(3, 72), torch.randn(5)
-    dense = reference.dequantize(qweight[:, :18], scale, signs_in, SMALL_BOOK, block=8)
-    y = reference.linear(x, qweight[:, :18], scale, signs_in, SMALL_BOOK, 8, bias)
-    torch.testing.assert_close(y, x @ dense.T + bias, rtol=1e-4, atol=1e-4)
+    dense = reference.dequantize(qweight, scale, signs_in, codebook, block=8)
+    y = reference.linear(x, qweight, scale, signs_in, codebook, 8, bias)
+    torch.testing.assert_close(y, x @ dense.T + bias, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("block", [1, 2, 8, 64])
@@ -276,19 +214,17 @@ def test_block_choice(in_features: int, max_tp: int, block: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("directions", "magnitudes", "message"),
+    ("last", "rows", "magnitudes", "message"),
     [
-        ([[1, 2], [3, 4], [5, 6], [7, -8]], [1, 10], "-8"),
-        ([[1, 2], [3, 4], [5, 6], [7, 8]], [0, 10], r"\[0, 10\]"),
-        ([[1, 2], [3, 4], [5, 6], [7, 8]], [1, 200], "200"),
-        ([[1, 2], [3, 4], [5, 6], [7, 80]], [1, 10], "800"),
-        ([[1, 2], [3, 4], [5, 6]], [1, 10], r"\[3, 2\]"),
+        (-128, 2, [1, 10], "-128"),
+        (8, 2, [0, 10], r"\[0, 10\]"),
+        (8, 2, [1, 200], "200"),
+        (80, 2, [1, 10], "800"),
+        (8, 1, [1, 10], r"\[1, 8\]"),
     ],
 )
-def test_codebook_out_of_limits(directions: list, magnitudes: list, message: str) -> None:
+def test_codebook_out_of_limits(last: int, rows: int, magnitudes: list, message: str) -> None:
+    directions = torch.tensor(DIRECTIONS, dtype=torch.int8)
+    directions[0, -1] = last
     with pytest.raises(CheckpointError, match=message):
-        Codebook(
-            SMALL,
-            torch.tensor(directions, dtype=torch.int8),
-            torch.tensor(magnitudes, dtype=torch.uint8),
-        )
+        Codebook(SMALL, directions[:rows], torch.tensor(magnitudes, dtype=torch.uint8))

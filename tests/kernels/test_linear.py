@@ -39,7 +39,7 @@ def test_matches_reference(codec):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias_dtype", [None, torch.bfloat16, torch.float16, torch.float64])
 def test_half_precision_rounds_once(dtype, bias_dtype):
-    case = random_case("signed-8x16", 3, 33, 576, bias=True)
+    case = random_case("trellis-4x64", 3, 33, 576, bias=True)
     bias = None if bias_dtype is None else case.bias.to(bias_dtype)
     case = replace(case, x=case.x.to(dtype), bias=bias)
     y = run(case)
@@ -49,7 +49,7 @@ def test_half_precision_rounds_once(dtype, bias_dtype):
 
 
 def test_shapes_of_x():
-    case = random_case("signed-8x16", 6, 7, 72)
+    case = random_case("trellis-4x64", 6, 7, 72)
     y = run(case)
     assert torch.equal(run(case.with_x(case.x.view(2, 3, 72))), y.view(2, 3, 7))
     assert torch.equal(run(case.with_x(case.x[0])), y[0])
@@ -60,7 +60,7 @@ def test_shapes_of_x():
 
 
 def test_no_outputs():
-    case = random_case("signed-8x16", 2, 1, 72)
+    case = random_case("trellis-4x64", 2, 1, 72)
     empty = replace(case, qweight=case.qweight[:0], row_scale=case.row_scale[:0])
     assert run(empty).shape == (2, 0)
 
@@ -71,10 +71,10 @@ def test_no_outputs():
         ({"x": torch.zeros(2, 72, dtype=torch.int32)}, "x is torch.int32"),
         ({"x": torch.zeros(2, 80)}, "qweight"),
         ({"x": torch.zeros(2, 70)}, "multiple of 8"),
-        ({"qweight": torch.zeros(7, 17, dtype=torch.uint8)}, "qweight"),
-        ({"qweight": torch.zeros(7, 36, dtype=torch.uint8)[:, ::2]}, "strides"),
+        ({"qweight": torch.zeros(64, 17, dtype=torch.uint8)}, "qweight"),
+        ({"qweight": torch.zeros(64, 36, dtype=torch.uint8)[:, ::2]}, "strides"),
         ({"row_scale": torch.zeros(7, dtype=torch.bfloat16)}, "row_scale"),
-        ({"row_scale": torch.zeros(6)}, "row_scale"),
+        ({"row_scale": torch.zeros(65)}, "qweight"),
         ({"signs_in": torch.zeros(8, dtype=torch.uint8)}, "signs_in"),
         ({"bias": torch.zeros(7, dtype=torch.int32)}, "bias"),
         ({"bias": torch.zeros(6)}, "bias"),
@@ -83,42 +83,40 @@ def test_no_outputs():
     ],
 )
 def test_bad_arguments(change, message):
-    case = replace(random_case("signed-8x16", 2, 7, 72), **change)
+    case = replace(random_case("trellis-4x64", 2, 7, 72), **change)
     with pytest.raises((PCDVQError, RuntimeError), match=message):
         run(case)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [(1, 3), (2, 4), (3, 2), (4, 0), (4, 17), (5, 5), (5, -1), (6, 2), (7, 3), (0, 0)],
+    [(1, 3), (2, 0), (2, 9), (3, 1), (4, 8), (4, 0), (5, 3), (5, -1), (6, 2), (0, 0)],
 )
 def test_bad_layout(field, value):
-    *args, layout = random_case("signed-8x16", 2, 7, 72).args()
+    *args, layout = random_case("trellis-4x64", 2, 7, 72).args()
     layout[field] = value
     with pytest.raises((PCDVQError, RuntimeError), match="layout is"):
         torch.ops.pcdvq.linear(*args, layout)
     with pytest.raises((PCDVQError, RuntimeError), match="integers"):
-        torch.ops.pcdvq.linear(*args, layout[:7])
+        torch.ops.pcdvq.linear(*args, layout[:6])
 
 
 def test_codewords_must_cover_every_code():
-    x, qweight, row_scale, signs_in, codewords, bias, layout = random_case(
-        "signed-8x16", 2, 7, 72
-    ).args()
+    x, qweight, row_scale, signs_in, codewords, bias, layout = random_case("e8-16", 2, 7, 72).args()
     with pytest.raises((PCDVQError, RuntimeError), match="codewords"):
         torch.ops.pcdvq.linear(x, qweight, row_scale, signs_in, codewords[:-1], bias, layout)
 
 
 def test_opcheck():
     for case in (
-        random_case("signed-8x16", 2, 7, 72, bias=True),
+        random_case("trellis-4x64", 2, 7, 72, bias=True),
         random_case("e8-16", 3, 9, 576).with_x(torch.randn(2, 3, 576, dtype=torch.bfloat16)),
     ):
         torch.library.opcheck(torch.ops.pcdvq.linear.default, case.args())
 
 
 def test_compiles_whole():
-    case = random_case("signed-4x12", 3, 7, 72)
+    case = random_case("trellis-6x16", 3, 7, 72)
     args = case.args()[1:]
     compiled = torch.compile(
         lambda x: torch.ops.pcdvq.linear(x, *args) + 1.0,
@@ -146,7 +144,7 @@ def test_fallback_matches_reference(codec, without_library, monkeypatch):
 
 
 def test_fallback_keeps_dtype_and_checks(without_library):
-    case = random_case("signed-8x16", 5, 33, 576, bias=True)
+    case = random_case("trellis-4x64", 5, 33, 576, bias=True)
     case = case.with_x(case.x.bfloat16())
     with pytest.warns(RuntimeWarning, match="slow torch path"):
         y = ops.linear(*case.args())

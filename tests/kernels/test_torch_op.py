@@ -38,7 +38,7 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
 def test_plain_calls_do_not_enter_python(shape, dtype, bias, in_python):
-    case = random_case("signed-4x12", 1, 33, 576, bias=bias is not None)
+    case = random_case("trellis-6x64", 1, 33, 576, bias=bias is not None)
     if bias is not None:
         case = replace(case, bias=case.bias.to(bias))
     operator(*case.args())  # now the layout is known
@@ -53,7 +53,7 @@ def test_plain_calls_do_not_enter_python(shape, dtype, bias, in_python):
 
 
 def test_other_calls_give_the_same(in_python):
-    case = random_case("signed-8x16", 4, 33, 576, bias=True)
+    case = random_case("trellis-4x64", 4, 33, 576, bias=True)
     expected = operator(*case.args())
     for other in (
         replace(case, bias=case.bias.double()),
@@ -66,7 +66,7 @@ def test_other_calls_give_the_same(in_python):
 
 
 def test_arguments_that_do_not_fit_are_refused_after_a_plain_call():
-    case = random_case("signed-8x16", 4, 33, 576, bias=True)
+    case = random_case("trellis-4x64", 4, 33, 576, bias=True)
     operator(*case.args())
     for change in (
         {"qweight": case.qweight[:-1]},
@@ -89,7 +89,7 @@ def test_arguments_that_do_not_fit_are_refused_after_a_plain_call():
 
 
 def test_result_does_not_depend_on_threads():
-    case = random_case("signed-4x12", 17, 72, 576)
+    case = random_case("trellis-6x64", 17, 72, 576)
     expected = operator(*case.args())
     threads = torch.get_num_threads()
     try:
@@ -101,7 +101,7 @@ def test_result_does_not_depend_on_threads():
 
 @pytest.mark.parametrize("bias", [torch.float32, torch.float64])  # plain, and through Python
 def test_nothing_leaks(bias):
-    case = random_case("signed-8x16", 1, 16, 72, bias=True)
+    case = random_case("trellis-4x64", 1, 16, 72, bias=True)
     case = replace(case, bias=case.bias.to(bias))
 
     def grown() -> int:

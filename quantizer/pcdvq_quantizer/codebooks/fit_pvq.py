@@ -107,8 +107,6 @@ def main(
     spec = CodebookSpec(
         codec="pvq",
         vector_dim=8,
-        signs=False,
-        parity=False,
         pattern_bits=int(pyramid.DIM * float(bits)),
         magnitude_bits=0,
         shift=0,

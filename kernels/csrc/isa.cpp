@@ -29,7 +29,7 @@ const Kernels* kernels_for(int32_t isa) {
 
 }  // namespace pcdvq
 
-void pcdvq_struct_bytes(int64_t bytes[9]) {
+void pcdvq_struct_bytes(int64_t bytes[10]) {
   bytes[0] = sizeof(PcdvqLinear);
   bytes[1] = sizeof(PcdvqEmbedding);
   bytes[2] = sizeof(PcdvqMoe);
@@ -39,6 +39,7 @@ void pcdvq_struct_bytes(int64_t bytes[9]) {
   bytes[6] = sizeof(PcdvqVptq);
   bytes[7] = sizeof(PcdvqPrepack);
   bytes[8] = sizeof(PcdvqWindows);
+  bytes[9] = sizeof(PcdvqChains);
 }
 
 int32_t pcdvq_best_isa() {

@@ -49,10 +49,11 @@ _MOE = struct.Struct("5P3q" + 2 * "3P13q" + "3i4x")
 # PcdvqVptqSegment and PcdvqVptq; `vptq.cpu` calls those.
 VPTQ_SEGMENT = struct.Struct("2P5q")
 VPTQ = struct.Struct("7P5q5i4x")
-# PcdvqNearest, likewise, PcdvqTrellis and PcdvqWindows; `cpu_search` calls those.
+# PcdvqNearest, likewise, PcdvqTrellis, PcdvqWindows and PcdvqChains; `cpu_search` calls those.
 NEAREST = struct.Struct("4P2q3i4x")
 TRELLIS = struct.Struct("5P2q6i")
 WINDOWS = struct.Struct("4P2q3i4x")
+CHAINS = struct.Struct("3P2q6i")
 
 
 @cache
@@ -72,6 +73,7 @@ def _library() -> ctypes.CDLL | str:
         VPTQ.size,
         _PREPACK.size,
         WINDOWS.size,
+        CHAINS.size,
     ]:
         return f"{LIBRARY.name} was built from other sources than this version's"
     library.pcdvq_linear.argtypes = (ctypes.c_char_p,)
@@ -83,6 +85,7 @@ def _library() -> ctypes.CDLL | str:
     library.pcdvq_nearest.argtypes = (ctypes.c_char_p,)
     library.pcdvq_trellis.argtypes = (ctypes.c_char_p,)
     library.pcdvq_windows.argtypes = (ctypes.c_char_p,)
+    library.pcdvq_chains.argtypes = (ctypes.c_char_p,)
     library.pcdvq_vptq.argtypes = (ctypes.c_char_p,)
     return library
 
@@ -91,7 +94,7 @@ def _struct_bytes(library: ctypes.CDLL) -> list[int] | None:
     """Sizes of the library's structs; None if it is older than the function that tells them."""
     if not hasattr(library, "pcdvq_struct_bytes"):
         return None
-    sizes = (ctypes.c_int64 * 9)()
+    sizes = (ctypes.c_int64 * 10)()
     library.pcdvq_struct_bytes(sizes)
     return list(sizes)
 

@@ -54,3 +54,32 @@ def window_codes(x: Tensor, row_weight: Tensor, table: Tensor, code_bits: int) -
     on_cpu = x.device.type == "cpu" and cpu.available()
     run = cpu_search.window_codes if on_cpu else fallback.window_codes
     return run(x, row_weight, table, code_bits)
+
+
+def chain_codes(
+    x: Tensor, row_weight: Tensor, code_bits: int, singles: bool, chain_rows: int, effort: str
+) -> Tensor:
+    """Codes of the computed trellis whose levels are near x (FORMAT.md).
+
+    Minimises for every chain the sum over its weights of row_weight * (x - level)^2. Targets beyond
+    255 count as 255, weights below 1/4096 of a chain's largest as that.
+
+    Args:
+        x: fp32 [N, K], finite, in units of levels (divided by the row scale). N is a multiple of
+            chain_rows, K is even. On any device; the search runs on the CPU.
+        row_weight: fp32 [N], not negative; rows of weight 0 mean nothing.
+        code_bits: 3 to 8, twice the bits of a weight.
+        singles: whether every weight has a window of its own.
+        chain_rows: 64, 32 or 16.
+        effort: "exhaustive", or "quick" for more error.
+
+    Returns:
+        uint8 [N, K / 2], the same on every CPU and with any number of threads.
+
+    Raises:
+        PCDVQError: other arguments, or no compiled CPU kernels.
+    """
+    codes = cpu_search.chain_codes(
+        x.cpu(), row_weight.cpu(), code_bits, singles, chain_rows, effort
+    )
+    return codes.to(x.device)

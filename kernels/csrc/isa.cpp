@@ -28,7 +28,7 @@ const Kernels* kernels_for(int32_t isa) {
 
 }  // namespace pcdvq
 
-void pcdvq_struct_bytes(int64_t bytes[7]) {
+void pcdvq_struct_bytes(int64_t bytes[8]) {
   bytes[0] = sizeof(PcdvqLinear);
   bytes[1] = sizeof(PcdvqEmbedding);
   bytes[2] = sizeof(PcdvqMoe);
@@ -36,6 +36,7 @@ void pcdvq_struct_bytes(int64_t bytes[7]) {
   bytes[4] = sizeof(PcdvqVptqSegment);
   bytes[5] = sizeof(PcdvqVptq);
   bytes[6] = sizeof(PcdvqPrepack);
+  bytes[7] = sizeof(PcdvqChains);
 }
 
 int32_t pcdvq_best_isa() {

@@ -148,6 +148,33 @@ struct VptqStrip {
   float* sums;   // [tokens, kStripLanes]
 };
 
+// Bits of a window of the computed trellis, and more than any path that can still be the best costs.
+constexpr int kWindowBits = 16;
+constexpr int32_t kMostChainCost = 1 << 29;
+
+// One step of the search in chain_search.cpp, for a few chains that share its windows. A state is the
+// last `state_bits` bits of a window; where those are fewer than all, each state also knows the rest
+// of the best path's window. Costs are multiples of 2^tag_bits; the bits below are the tag, which
+// tells where a path came from: the oldest bits of its state, above them those not in it.
+struct ChainStep {
+  struct Chain {
+    int32_t target, weight;  // pairs of int16: factors of the windows' levels and norms
+    int32_t offset;          // of all costs
+    int32_t lowest;          // out: the least cost with its tag
+    const int32_t* before;   // by states' bits above the step's: costs with tags
+    int32_t* after;          // likewise, for the next step
+    uint8_t* tags;           // like `after`: tags of the paths that are left
+    const int32_t* rows;     // like `before`: windows' bits above the step's; null if all are known
+    int32_t* rows_after;
+  };
+  const int32_t* levels;  // [2^16] pairs of int16
+  const int32_t* norms;   // likewise; null for one weight a window
+  int state_bits, tag_bits;
+  int in_bits, out_bits;  // new in this step, and in the next
+  int64_t count;
+  Chain chain[4];
+};
+
 struct BlockKernels {
   // Of packed codes or rows of codes; `decode` is null where the layout is not packed.
   BlockDecoder (*decoder)(const PcdvqLayout&, bool packed);
@@ -194,6 +221,8 @@ struct Kernels {
 
   // Nearest codewords of groups [first, first + groups), at most kNearestGroups of them.
   void (*nearest)(const PcdvqNearest& problem, int64_t first, int64_t groups);
+
+  void (*chain_step)(ChainStep& step);
 
   void (*vptq)(const VptqStrip& strip);
 

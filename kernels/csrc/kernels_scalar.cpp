@@ -124,6 +124,87 @@ inline void take_greater(Vec score, int32_t c, Vec& best, Index& index) {
   }
 }
 
+// Eight int32, as in kernels_avx512.cpp.
+struct Costs {
+  static constexpr int kLaneBits = 3;
+  static constexpr int64_t kLanes = 1 << kLaneBits;
+  int32_t v[kLanes];
+
+  template <class F>
+  static inline __attribute__((always_inline)) Costs make(F lane) {
+    Costs r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = int32_t(lane(i));
+    return r;
+  }
+
+  static Costs fill(int32_t value) {
+    return make([=](int) { return value; });
+  }
+  static Costs load(const int32_t* p) {
+    return make([=](int i) { return p[i]; });
+  }
+  void store(int32_t* p) const { std::memcpy(p, v, sizeof(v)); }
+  void store_bytes(uint8_t* p) const {
+    for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(v[i]);
+  }
+  static Costs count_from(int32_t first) {
+    return make([=](int i) { return first + i; });
+  }
+
+  template <int RUN>
+  static Costs repeat(const int32_t* p) {
+    return make([=](int i) { return p[i & ((kLanes >> RUN) - 1)]; });
+  }
+  template <int RUN>
+  static Costs load_runs(const int32_t* table, const int32_t* rows, int shift) {
+    return make([=](int i) { return table[(rows[i >> RUN] << shift) + (i & ((1 << RUN) - 1))]; });
+  }
+  template <int RUN>
+  Costs by_run() const {
+    return transpose(RUN, kLaneBits - RUN);
+  }
+  template <int RUN>
+  Costs by_state() const {
+    return transpose(kLaneBits - RUN, RUN);
+  }
+
+  Costs shift_left(int bits) const {
+    return make([&](int i) { return uint32_t(v[i]) << bits; });
+  }
+  Costs shift_right(int bits) const {
+    return make([&](int i) { return uint32_t(v[i]) >> bits; });
+  }
+  int32_t lowest() const {
+    int32_t r = v[0];
+    for (int i = 1; i < kLanes; ++i) r = v[i] < r ? v[i] : r;
+    return r;
+  }
+
+ private:
+  Costs transpose(int columns, int rows) const {
+    const auto from = transposed_lanes<kLanes>(columns, rows);
+    return make([&](int i) { return v[from.lane[i]]; });
+  }
+};
+
+inline Costs operator+(Costs a, Costs b) {
+  return Costs::make([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Costs operator&(Costs a, Costs b) {
+  return Costs::make([&](int i) { return a.v[i] & b.v[i]; });
+}
+inline Costs operator|(Costs a, Costs b) {
+  return Costs::make([&](int i) { return a.v[i] | b.v[i]; });
+}
+inline Costs least(Costs a, Costs b) {
+  return Costs::make([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Costs add_products(Costs a, Costs b, Costs sum) {
+  return Costs::make([&](int i) {
+    return sum.v[i] + int16_t(a.v[i]) * int16_t(b.v[i]) + (a.v[i] >> 16) * (b.v[i] >> 16);
+  });
+}
+
 }  // namespace
 }  // namespace pcdvq
 

@@ -25,6 +25,20 @@ inline T load_as(const void* p) {
 // Not std::min, of which the linker would keep a single copy.
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Lanes of a vector that is the transpose of one with 2^row_bits rows of 2^column_bits lanes.
+template <int64_t LANES>
+struct LaneOrder {
+  int32_t lane[LANES];
+};
+template <int64_t LANES>
+constexpr LaneOrder<LANES> transposed_lanes(int column_bits, int row_bits) {
+  LaneOrder<LANES> order = {};
+  for (int32_t i = 0; i < LANES; ++i) {
+    order.lane[i] = (i & ((1 << row_bits) - 1)) << column_bits | i >> row_bits;
+  }
+  return order;
+}
+
 inline float bits_to_float(uint32_t bits) { return load_as<float>(&bits); }
 inline uint32_t float_to_bits(float value) { return load_as<uint32_t>(&value); }
 

@@ -109,6 +109,18 @@ struct PcdvqNearest {
   int32_t dim, threads, isa;  // dim: 2, 4 or 8
 };
 
+// How well pcdvq_chains searches.
+enum PcdvqEffort : int32_t { PCDVQ_EXHAUSTIVE = 0, PCDVQ_QUICK = 1 };
+
+struct PcdvqChains {
+  const float* x;           // [rows, columns], in units of levels; rows: a multiple of chain_rows
+  const float* row_weight;  // [rows], not negative; 0: the row means nothing
+  uint8_t* out;             // [rows, columns / 2]
+  int64_t rows, columns;    // columns: even
+  // code_bits: 3 to 8; singles: 0 or 1; chain_rows: 16, 32 or 64; effort: a PcdvqEffort
+  int32_t code_bits, singles, chain_rows, effort, threads, isa;
+};
+
 // What follows from a layout for layers of k columns.
 struct PcdvqLinearShape {
   PcdvqLayout layout;
@@ -170,7 +182,7 @@ struct PcdvqVptq {
 
 // Bytes of each problem's struct above, from PcdvqLinear on: a caller made for another version of this
 // interface must not call it.
-PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[7]);
+PCDVQ_API void pcdvq_struct_bytes(int64_t bytes[8]);
 
 // The best PcdvqIsa of this CPU.
 PCDVQ_API int32_t pcdvq_best_isa();
@@ -194,6 +206,10 @@ PCDVQ_API int32_t pcdvq_moe(const PcdvqMoe* problem);
 
 // out[i] = argmax over c of x[i] . codewords[c] - bias[c], the lowest c of equals.
 PCDVQ_API int32_t pcdvq_nearest(const PcdvqNearest* problem);
+
+// Codes of the computed trellis that make the sum of row_weight * (x - level)^2 of each chain least.
+// Returns a PcdvqStatus.
+PCDVQ_API int32_t pcdvq_chains(const PcdvqChains* problem);
 
 // Makes pcdvq_linear torch's `pcdvq::linear` for CPU tensors; the operator must be defined. Calls
 // that do not fit a shape accepted before go through `in_python`. Returns 0 for success.

@@ -49,8 +49,9 @@ _MOE = struct.Struct("5P3q" + 2 * "3P10q" + "3i4x")
 # PcdvqVptqSegment and PcdvqVptq; `vptq.cpu` calls those.
 VPTQ_SEGMENT = struct.Struct("2P5q")
 VPTQ = struct.Struct("7P5q5i4x")
-# PcdvqNearest, likewise; `cpu_search` calls it.
+# PcdvqNearest, likewise, and PcdvqChains; `cpu_search` calls those.
 NEAREST = struct.Struct("4P2q3i4x")
+CHAINS = struct.Struct("3P2q6i")
 
 
 @cache
@@ -68,6 +69,7 @@ def _library() -> ctypes.CDLL | str:
         VPTQ_SEGMENT.size,
         VPTQ.size,
         _PREPACK.size,
+        CHAINS.size,
     ]:
         return f"{LIBRARY.name} was built from other sources than this version's"
     library.pcdvq_linear.argtypes = (ctypes.c_char_p,)
@@ -77,6 +79,7 @@ def _library() -> ctypes.CDLL | str:
     library.pcdvq_embedding.argtypes = (ctypes.c_char_p,)
     library.pcdvq_moe.argtypes = (ctypes.c_char_p,)
     library.pcdvq_nearest.argtypes = (ctypes.c_char_p,)
+    library.pcdvq_chains.argtypes = (ctypes.c_char_p,)
     library.pcdvq_vptq.argtypes = (ctypes.c_char_p,)
     return library
 
@@ -85,7 +88,7 @@ def _struct_bytes(library: ctypes.CDLL) -> list[int] | None:
     """Sizes of the library's structs; None if it is older than the function that tells them."""
     if not hasattr(library, "pcdvq_struct_bytes"):
         return None
-    sizes = (ctypes.c_int64 * 7)()
+    sizes = (ctypes.c_int64 * 8)()
     library.pcdvq_struct_bytes(sizes)
     return list(sizes)
 

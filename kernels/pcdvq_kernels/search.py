@@ -13,6 +13,7 @@ def chain_codes(
     """Codes whose levels have the least weighted squared error in every chain (FORMAT.md).
 
     Minimises the sum over rows n of row_weight[n] * |x[n] - levels[n]|^2 by dynamic programming.
+    Targets beyond 255 count as 255, weights below 1/4096 of a chain's largest as that.
 
     Args:
         x: fp32 [N, K], finite, in levels; N whole segments, K whole strips. On any device.

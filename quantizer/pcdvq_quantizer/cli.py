@@ -64,7 +64,10 @@ def quantize(
     ] = 16,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="Leave layers of this name as they are, such as `model.layers.0.*`."),
+        typer.Option(
+            help="Leave layers of this name as they are, such as `model.layers.0.*`, or "
+            "`re:` and a regular expression; repeatable."
+        ),
     ] = None,
     max_tp: Annotated[
         int, typer.Option(help="Largest tensor-parallel size to allow where sizes permit.")
@@ -303,6 +306,10 @@ def finetune(
     _finetune(checkpoint, out, options, overwrite)
 
 
+def _note(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
 def _finetune(checkpoint: Path, out: Path, options: FinetuneOptions, overwrite: bool) -> None:
     """Run `finetune_checkpoint` and show how it goes."""
     from transformers.utils import logging
@@ -311,7 +318,7 @@ def _finetune(checkpoint: Path, out: Path, options: FinetuneOptions, overwrite: 
 
     logging.disable_progress_bar()
     with finetune_bar(console, options.steps) as show:
-        result = finetune_checkpoint(checkpoint, out, options, overwrite, show)
+        result = finetune_checkpoint(checkpoint, out, options, overwrite, show, _note)
     if result.diverged:
         console.print(
             f"Training diverged at step {result.steps} and was stopped; the best parameters before "

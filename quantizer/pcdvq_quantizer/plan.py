@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +30,9 @@ from pcdvq_quantizer.layer import (
     check_finite,
     quantize_linear,
 )
-from pcdvq_quantizer.selection import DEFAULT_SKIP, Selection, select_layers
+from pcdvq_quantizer.selection import Selection, select_layers
 from pcdvq_quantizer.sources import Source, open_source
+from pcdvq_quantizer.texts import find_file, read_bytes
 
 SELF = "self"  # calibrate on text the model writes
 NONE = "none"  # do not calibrate
@@ -46,8 +46,8 @@ class RunOptions:
         seed: of all that is random, and of the calibration text.
         calibration: a text or JSONL file, a `datasets` name, SELF, or NONE.
         samples: windows of calibration text.
-        sequence_length: tokens of a window.
-        skip: patterns (fnmatch) of names of linear layers to leave as they are.
+        sequence_length: tokens of a window, fewer where the model reads fewer.
+        skip: patterns of names of layers to leave as they are, as in `select_layers`.
     """
 
     seed: int = 0
@@ -329,9 +329,7 @@ def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
     codebook = get_codebook(options.codec, rate)
     embedding_codebook = get_embedding_codebook(options.embedding_bits, options.codec)
     check_unquantized(source)
-    selection = select_layers(
-        source, DEFAULT_SKIP + options.skip, embeddings=embedding_codebook is not None
-    )
+    selection = select_layers(source, options.skip, embeddings=embedding_codebook is not None)
     codebooks = dict.fromkeys(selection.layers, codebook)
     if embedding_codebook is not None:
         codebooks |= dict.fromkeys(selection.stored_embeddings, embedding_codebook)
@@ -348,8 +346,8 @@ def check_unquantized(source: Source) -> None:
 
 def text_sha256(calibration: str) -> str | None:
     """Digest of the file that `calibration` names, None where it names none."""
-    path = Path(calibration).expanduser()
-    return _sha256(path.read_bytes()) if path.is_file() else None
+    path = find_file(calibration)
+    return None if path is None else _sha256(read_bytes(path))
 
 
 def _sha256(data: bytes) -> str:

@@ -124,6 +124,7 @@ def check_windows(windows: int, processes: int) -> None:
 
 def _begin(plan: Plan, writer: CheckpointWriter, model: LayeredModel, progress: Progress) -> None:
     """Save the state before the first decoder layer."""
+    model.check()  # before text is written for it
     tokens = calibration_tokens(plan, model, progress)
     original, _ = model.embed(tokens)
     quantized = original.clone()

@@ -12,6 +12,7 @@ from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.vptq import layout as vptq
 from transformers import AutoTokenizer
 
+from pcdvq_quantizer.limits import Limits
 from pcdvq_quantizer.sources import SafetensorsSource, open_source
 
 if TYPE_CHECKING:
@@ -75,18 +76,17 @@ class ModelFiles:
             ) from error
 
     @property
-    def context(self) -> int | None:
-        """Tokens the model can read at once, None where its configuration does not say."""
-        text_config = self.config.get("text_config") or self.config
-        context = text_config.get("max_position_embeddings")
-        return context if isinstance(context, int) else None
+    def limits(self) -> Limits:
+        """What it can read."""
+        return Limits.of(self.name, self.config)
 
     def check_length(self, tokens: int) -> None:
         """Raise PCDVQError if the model's context is shorter than `tokens`."""
-        if self.context is not None and tokens > self.context:
+        context = self.limits.context
+        if context is not None and tokens > context:
             raise PCDVQError(
-                f"{self.name} takes {self.context} tokens, this evaluation needs {tokens}; give a "
-                "smaller --window or shorter lines"
+                f"{self.name} takes {context} tokens, this evaluation needs {tokens}; give shorter "
+                "lines"
             )
 
 

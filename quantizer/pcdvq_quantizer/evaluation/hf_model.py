@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,15 +39,29 @@ def load_causal_lm(files: ModelFiles, dtype: str) -> PreTrainedModel:
     try:
         if files.is_vptq:
             return _load_vptq(files, _dtype(files, dtype, device)).to(device)
-        return AutoModelForCausalLM.from_pretrained(
-            files.directory, gguf_file=files.gguf, dtype=_dtype(files, dtype, device)
-        ).to(device)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            files.directory,
+            gguf_file=files.gguf,
+            dtype=_dtype(files, dtype, device),
+            output_loading_info=True,
+        )
+        _check_complete(files, loading["missing_keys"])
+        return model.to(device)
     except PCDVQError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise PCDVQError(
             f"transformers cannot load {files.name}: {error}. Check that the directory is whole"
         ) from error
+
+
+def _check_complete(files: ModelFiles, missing: Iterable[str]) -> None:
+    """Raise PCDVQError for parameters that are not stored: transformers makes them up."""
+    if names := sorted(missing):
+        raise PCDVQError(
+            f"{files.name} does not store {names[0]} ({len(names)} parameters in all), without "
+            "which it cannot write or predict text; give a causal language model that is whole"
+        )
 
 
 def _load_vptq(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel:

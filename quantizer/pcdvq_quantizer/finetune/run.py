@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pcdvq_quantizer.calibration.generate import generate_documents
+from pcdvq_quantizer.calibration.generate import all_prompts, generate_documents
 from pcdvq_quantizer.calibration.text import read_documents, sample_windows, tokenize
 from pcdvq_quantizer.card import write_model_card
 from pcdvq_quantizer.evaluation.files import ModelFiles, find_reference
@@ -62,6 +63,7 @@ def finetune_checkpoint(
     options: FinetuneOptions,
     overwrite: bool = False,
     progress: OnStep | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> FinetuneResult:
     """Distil the original model into the row scales and norms of `checkpoint`; write `output`.
 
@@ -70,6 +72,9 @@ def finetune_checkpoint(
     same call continues there after an interruption. `output` may be `checkpoint` with `overwrite`.
     In memory are both models in fp32, and activations of one window.
 
+    Args:
+        note: is told what the user should know, such as that windows are shorter than asked for.
+
     Raises:
         PCDVQError: a model or the text cannot be read or does not fit, `output` exists, or the
             partial directory belongs to another run.
@@ -77,6 +82,11 @@ def finetune_checkpoint(
     opened = open_checkpoint(checkpoint)
     files = ModelFiles.find(str(checkpoint))
     reference = find_reference(files, options.reference)
+    for each in (files, reference):
+        length = each.limits.fit_window(
+            options.sequence_length, "--sequence-length", 0, note or (lambda text: None)
+        )
+        options = replace(options, sequence_length=length)
     writer = CheckpointWriter(output, _fingerprint(opened, reference, options), overwrite)
     with writer.open(needed_bytes=_bytes(checkpoint)):
         path = writer.work_directory / STATE_FILE
@@ -105,22 +115,19 @@ def _kept_windows(
 
 def _make_windows(files: ModelFiles, reference: ModelFiles, options: FinetuneOptions) -> Tensor:
     """int64 [S, T], as many as `options` want or the text has."""
-    if files.context is not None and options.sequence_length > files.context:
-        raise PCDVQError(
-            f"--sequence-length is {options.sequence_length}, {files.name} takes "
-            f"{files.context} tokens; "
-            "give a smaller one"
-        )
     tokenizer = files.tokenizer()
     wanted = options.windows + options.holdout
     if options.calibration == SELF:
+        files.limits.check_tokens(all_prompts(tokenizer), tokenizer, files.name)
         original = load_causal_lm(reference, "float32").eval()
         tokens = wanted * options.sequence_length
         with torch.no_grad():
             texts = generate_documents(original, tokenizer, tokens, options.seed, Progress())
     else:
         texts = tokenize(tokenizer, read_documents(options.calibration))
-    return sample_windows(tokenizer, texts, wanted, options.sequence_length)
+    windows = sample_windows(tokenizer, texts, wanted, options.sequence_length)
+    files.limits.check_tokens(windows.tolist(), tokenizer, files.name)
+    return windows
 
 
 def _hold_out(windows: Tensor, options: FinetuneOptions) -> Windows:

@@ -19,7 +19,7 @@ from pcdvq_quantizer.calibration.statistics import InputStatistics
 from pcdvq_quantizer.experts import experts_of
 from pcdvq_quantizer.layer import StoredLayer
 from pcdvq_quantizer.plan import Plan, RunOptions, check_unquantized
-from pcdvq_quantizer.selection import DEFAULT_SKIP, select_layers
+from pcdvq_quantizer.selection import select_layers
 from pcdvq_quantizer.sources import Source
 from pcdvq_quantizer.vptq.choice import LayoutOptions, check_options, choose, config_entry
 from pcdvq_quantizer.vptq.stage import Storage, quantize_alone, quantize_stage
@@ -43,7 +43,7 @@ class VPTQOptions(LayoutOptions, RunOptions):
             PCDVQError: it is quantized already, has experts, or a layer cannot have such a layout.
         """
         check_unquantized(source)
-        selection = select_layers(source, DEFAULT_SKIP + self.skip)
+        selection = select_layers(source, self.skip)
         if experts := next(filter(experts_of, selection.layers), None):
             raise PCDVQError(
                 f"{experts} is part of a mixture of experts, which VPTQ checkpoints are not served "

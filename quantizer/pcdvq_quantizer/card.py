@@ -13,14 +13,14 @@ from pcdvq_kernels.vptq.checkpoint import VPTQCheckpoint
 
 from pcdvq_quantizer.checkpoints import open_any_checkpoint
 from pcdvq_quantizer.evaluation.report import EvaluationReport
-from pcdvq_quantizer.inspection import describe_rate
+from pcdvq_quantizer.inspection import describe_checkpoint
 
 MIB = 2**20
 TEMPLATE = """---
 {{ card_data }}
 ---
 
-# {{ model }}, {{ method.name }} {{ bits }} bits per weight
+# {{ model }}, {{ method.name }}, linear layers at {{ bits }} bits per weight
 
 {{ model }} quantized with [{{ method.name }}]({{ method.paper }}) for vLLM: {{ method.codes }}
 
@@ -108,7 +108,7 @@ def write_model_card(directory: Path, evaluations: Sequence[Path] = ()) -> None:
         model=Path(source).name,
         method=method,
         bits=f"{checkpoint.bits_per_weight:.2f}",
-        rate=describe_rate(checkpoint),
+        rate=describe_checkpoint(checkpoint),
         codebooks=", ".join(checkpoint.codebooks),
         packed_mib=f"{sum(layer.bytes for layer in layers) / MIB:.1f}",
         dense_mib=f"{sum(2 * layer.weights for layer in layers) / MIB:.1f}",

@@ -106,7 +106,7 @@ def quantize(
     """Quantize MODEL into the checkpoint OUT."""
     from pcdvq_quantizer.checkpoints import serve_command
     from pcdvq_quantizer.finetune import FinetuneOptions
-    from pcdvq_quantizer.inspection import describe_rate
+    from pcdvq_quantizer.inspection import describe_checkpoint
     from pcdvq_quantizer.plan import NONE, make_plan
     from pcdvq_quantizer.run import quantize_in_processes, quantize_model
 
@@ -128,7 +128,8 @@ def quantize(
     if finetune:
         _finetune(out, out, tuning, overwrite=True)
     console.print(
-        f"{out}: {describe_rate(checkpoint)}. Serve it with: {serve_command(checkpoint, str(out))}",
+        f"{out}: {describe_checkpoint(checkpoint)} Serve it with: "
+        f"{serve_command(checkpoint, str(out))}",
         highlight=False,
         soft_wrap=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
+from pcdvq_quantizer.selection import describe_skipped
+
+MIB = 2**20
 
 
 class _Error(BaseModel):
@@ -23,6 +27,8 @@ class _Run(BaseModel):
     """What is shown of `REPORT_FILE`."""
 
     errors: dict[str, _Error] = {}
+    skipped: dict[str, str] = {}
+    original_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,10 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """All rows and totals; sizes in bytes, `rate` as in `describe_rate`, of what is `counted`."""
+    """All rows and totals; sizes in bytes, `rate` as in `describe_rate`, of what is `counted`.
+
+    `whole` is the sentence of `describe_checkpoint`, `left` says what is not quantized and why.
+    """
 
     layers: list[LayerRow]
     rate: str
@@ -50,6 +59,8 @@ class CheckpointSummary:
     codebook_bytes: int
     unquantized_bytes: int
     modules_to_not_convert: list[str]
+    whole: str
+    left: list[str]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -70,13 +81,8 @@ class CheckpointSummary:
                 f"{row.bytes / 1024:.1f}",
             )
         console.print(table)
-        mib = 2**20
-        console.print(
-            f"{self.rate} ({self.counted}), {self.packed_bytes / mib:.1f} MiB; other tensors "
-            f"{self.unquantized_bytes / mib:.1f} MiB",
-            highlight=False,
-        )
-        left = ", ".join(self.modules_to_not_convert) or "none"
+        console.print(f"{self.whole} Bits per weight count {self.counted}.", highlight=False)
+        left = ", ".join(self.left) or "none"
         console.print(f"left unquantized: {left}", highlight=False)
 
 
@@ -87,14 +93,14 @@ def inspect_checkpoint(directory: Path) -> CheckpointSummary:
         CheckpointError: it is not a whole checkpoint of PCDVQ or VPTQ.
     """
     checkpoint = open_any_checkpoint(directory)
-    errors = _recorded_errors(directory)
+    run = _recorded_run(directory)
     rows = [
         LayerRow(
             name,
             (layer.out_features, layer.in_features),
             layer.codebook,
             layer.bits_per_weight,
-            errors.get(name),
+            run.errors[name].weight if name in run.errors else None,
             layer.bytes,
         )
         for name, layer in checkpoint.layers.items()
@@ -111,7 +117,51 @@ def inspect_checkpoint(directory: Path) -> CheckpointSummary:
         checkpoint.codebook_bytes,
         total - packed,
         checkpoint.modules_to_not_convert,
+        describe_checkpoint(checkpoint),
+        describe_skipped(
+            run.skipped or dict.fromkeys(checkpoint.modules_to_not_convert, "reason not recorded")
+        ),
     )
+
+
+def describe_checkpoint(checkpoint: AnyCheckpoint) -> str:
+    """What is quantized, all bytes before and after, and what was left and why.
+
+    Raises:
+        CheckpointError: its record of the run is something else.
+    """
+    run = _recorded_run(checkpoint.directory)
+    left = _left_bytes(checkpoint, run)
+    packed = sum(layer.bytes for layer in checkpoint.layers.values())
+    dense = 2 * sum(layer.weights for layer in checkpoint.layers.values())
+    now = packed + checkpoint.codebook_bytes + left.total()
+    before, when = run.original_bytes, "before"
+    if before is None:
+        before, when = dense + left.total(), "at 16 bits per weight"
+    text = (
+        f"{describe_rate(checkpoint)}. All tensors: {before / MIB:.1f} MiB {when}, "
+        f"{now / MIB:.1f} MiB now."
+    )
+    shares = [f"{100 * size / before:.1f} % {reason}" for reason, size in left.most_common()]
+    if not shares:
+        return text
+    return (
+        f"{text} Of the bytes {when}, {100 * left.total() / before:.1f} % stay as they were: "
+        f"{'; '.join(shares)}."
+    )
+
+
+def _left_bytes(checkpoint: AnyCheckpoint, run: _Run) -> Counter[str]:
+    """Bytes that are not quantized by the reason."""
+    left = Counter[str]()
+    tensors = checkpoint.tensors
+    for name, reason in run.skipped.items():
+        tensor = tensors.get(name) or tensors.get(f"{name}.weight")
+        left[reason] += tensor.bytes if tensor else 0
+    packed = sum(layer.bytes for layer in checkpoint.layers.values())
+    rest = sum(tensor.bytes for tensor in tensors.values()) - packed - left.total()
+    left["norms, biases and the like" if run.skipped else "other tensors"] += rest
+    return +left
 
 
 def describe_rate(checkpoint: AnyCheckpoint) -> str:
@@ -124,16 +174,15 @@ def describe_rate(checkpoint: AnyCheckpoint) -> str:
     return text
 
 
-def _recorded_errors(directory: Path) -> dict[str, float]:
-    """Relative errors from the report, {} if the checkpoint came without one."""
+def _recorded_run(directory: Path) -> _Run:
+    """What the report says of the run, nothing if the checkpoint came without one."""
     if not (directory / REPORT_FILE).exists():
-        return {}
+        return _Run()
     try:
-        run = _Run.model_validate(read_json(directory / REPORT_FILE))
+        return _Run.model_validate(read_json(directory / REPORT_FILE))
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise CheckpointError(
             f"{directory / REPORT_FILE} is not the record of a run ({reason}). Delete it: it tells "
-            "errors that are measured while quantizing and nothing else"
+            "how the checkpoint was made and nothing else"
         ) from None
-    return {name: error.weight for name, error in run.errors.items()}

@@ -106,6 +106,7 @@ def quantize_model(
             "seconds": round(time.monotonic() - started, 1),
             "errors": errors,
             "skipped": plan.selection.skipped,
+            "original_bytes": sum(map(source.bytes, source.shapes)),
         }
         writer.write_json(REPORT_FILE, report)
         source.copy_files(writer.directory)

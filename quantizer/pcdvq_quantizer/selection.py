@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from difflib import get_close_matches
+from fnmatch import fnmatchcase, translate
 from typing import Any
 
 import torch
@@ -18,9 +19,21 @@ from pcdvq_quantizer.experts import experts_of, separate_experts
 from pcdvq_quantizer.sources import Source
 
 MIN_FEATURES = 8
+SKIPPED = "skipped by name"
+EMBEDDING, HEAD, ROUTER = "embedding", "output head", "router"
+EXPERTS = "experts of this architecture"
 # Output heads are left in their own precision, unless asked for with the embeddings; routers are
 # tiny, and vLLM never quantizes them.
-DEFAULT_SKIP = ("lm_head", "*.lm_head", "*.gate", "*.router", "*.shared_expert_gate")
+DEFAULT_SKIP = {
+    "lm_head": HEAD,
+    "*.lm_head": HEAD,
+    "*.gate": ROUTER,
+    "*.router": ROUTER,
+    "*.shared_expert_gate": ROUTER,
+}
+REGEX = "re:"  # before a pattern, as other tools have it
+EXAMPLES = 3  # of names, in a message
+_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -61,47 +74,54 @@ class Selection:
 
 def describe_skipped(skipped: dict[str, str]) -> list[str]:
     """One line for each kind of parameter in `Selection.skipped`; numbered ones count together."""
-    kinds = Counter(
-        (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), reason) for name, reason in skipped.items()
-    )
+    kinds = Counter((_kind(name), reason) for name, reason in skipped.items())
     return [
         f"{name} ({reason})" if count == 1 else f"{name} ({count} of them: {reason})"
         for (name, reason), count in kinds.items()
     ]
 
 
+def _kind(name: str) -> str:
+    """`name` with stars for numbers."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
 def select_layers(
-    source: Source, skip: tuple[str, ...] = DEFAULT_SKIP, embeddings: bool = False
+    source: Source, skip: tuple[str, ...] = (), embeddings: bool = False
 ) -> Selection:
     """Find the linear layers of `source` that the format can hold.
 
     Args:
         source: the model.
-        skip: patterns of layer names to leave as they are.
-        embeddings: whether input embedding and output head are quantized too, skipped or not.
+        skip: patterns of layer names to leave as they are, beside `DEFAULT_SKIP`: of fnmatch, or
+            after `re:` regular expressions that match from the beginning of a name.
+        embeddings: whether input embedding and output head are quantized too.
 
     Raises:
-        PCDVQError: the architecture is unknown, or nothing of it can be quantized.
+        PCDVQError: the architecture is unknown, a pattern matches no layer, or nothing can be
+            quantized.
     """
     architecture = ", ".join(source.config.get("architectures") or ["unknown architecture"])
     model = _build_empty(source.config, architecture)
     separate_experts(model, source.shapes)
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = dict(model.named_modules())
+    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     roles = find_embeddings(model) if embeddings else (None, None)
+    matrices = {
+        tensor.removesuffix(".weight"): tensor
+        for tensor, shape in source.shapes.items()
+        if len(shape) >= 2
+    }
+    unwanted = _matching(skip, [*matrices, *sorted(linears.difference(matrices))], source.name)
     layers, skipped = [], {}
-    for tensor, shape in source.shapes.items():
-        name, _, suffix = tensor.rpartition(".")
-        if len(shape) < 2:
-            continue
-        wanted = suffix == "weight" and name in roles
-        if not wanted and (suffix != "weight" or name not in linears):
-            skipped[tensor if suffix != "weight" else name] = "not a linear layer"
-        elif not wanted and any(fnmatchcase(name, pattern) for pattern in skip):
-            skipped[name] = "skipped by name"
-        elif shape[1] % 8 or min(shape) < MIN_FEATURES:
-            skipped[name] = (
-                f"shape {list(shape)}: input size must be a multiple of 8, both sizes >= 8"
-            )
+    for name, tensor in matrices.items():
+        if name in unwanted:
+            reason: str | None = SKIPPED
+        else:
+            reason = None if name in roles else _other_kind(name, tensor, modules)
+            reason = reason or _unsuitable(source.shapes[tensor])
+        if reason:
+            skipped[name] = reason
         else:
             layers.append(name)
     # Experts are served as one layer.
@@ -110,7 +130,7 @@ def select_layers(
         layers.remove(name)
         skipped[name] = "another layer of the experts is skipped"
     if not set(layers).difference(roles):
-        reasons = sorted({f"{name}: {reason}" for name, reason in skipped.items()})[:3]
+        reasons = sorted({f"{name}: {reason}" for name, reason in skipped.items()})[:EXAMPLES]
         raise PCDVQError(
             f"nothing to quantize in {source.name} ({architecture}); for instance "
             f"{'; '.join(reasons)}. PCDVQ quantizes the torch.nn.Linear layers of causal LMs"
@@ -118,6 +138,59 @@ def select_layers(
     embedding, head = (name if name in layers else None for name in roles)
     left = tuple(sorted(linears.difference(layers)))
     return Selection(layers, skipped, embedding, head, left)
+
+
+def _matching(patterns: tuple[str, ...], names: list[str], model: str) -> set[str]:
+    """Those of `names` that one of `patterns` matches.
+
+    Raises:
+        PCDVQError: a pattern matches none, or is no regular expression.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            regex = re.compile(
+                pattern.removeprefix(REGEX) if pattern.startswith(REGEX) else translate(pattern)
+            )
+        except re.error as error:
+            raise PCDVQError(
+                f"--skip {pattern!r} is no regular expression ({error}); mend it, or leave out "
+                f"{REGEX!r} for a pattern with stars"
+            ) from None
+        matches = set(filter(regex.match, names))
+        if not matches:
+            kinds = list({_kind(name): name for name in reversed(names)}.values())
+            near = get_close_matches(pattern.removeprefix(REGEX), kinds, EXAMPLES, cutoff=0.0)
+            raise PCDVQError(
+                f"--skip {pattern!r} matches no layer of {model}, which has for instance "
+                f"{', '.join(near)}; correct the pattern or drop it"
+            )
+        found |= matches
+    return found
+
+
+def _other_kind(name: str, tensor: str, modules: dict[str, nn.Module]) -> str | None:
+    """Why parameter `tensor` of layer `name` is none to quantize, None if it is."""
+    module = modules.get(name)
+    linear = isinstance(module, nn.Linear) and name != tensor
+    if not linear and (_EXPERTS.search(name) or "Experts" in type(module).__name__):
+        return EXPERTS
+    for pattern, reason in DEFAULT_SKIP.items():
+        if fnmatchcase(name, pattern):
+            return reason
+    if linear:
+        return None
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING
+    holder = modules.get(name.rpartition(".")[0]) if name == tensor else module
+    return "transformers has no such layer" if holder is None else "not a linear layer"
+
+
+def _unsuitable(shape: tuple[int, ...]) -> str | None:
+    """Why the format cannot hold a matrix of this shape, None if it can."""
+    if shape[1] % 8 or min(shape) < MIN_FEATURES:
+        return f"shape {list(shape)}: input size must be a multiple of 8, both sizes >= 8"
+    return None
 
 
 def hf_config(config: dict[str, Any]) -> PreTrainedConfig:

@@ -19,6 +19,7 @@ from pcdvq_kernels.vptq import layout as vptq
 from rich.console import Console
 
 from pcdvq_quantizer.bars import Bars
+from pcdvq_quantizer.inspection import describe_checkpoint
 from pcdvq_quantizer.plan import PCDVQPlan, QuantizeOptions, plan_source
 from pcdvq_quantizer.run import quantize_model
 from pcdvq_quantizer.sources import open_source
@@ -40,7 +41,8 @@ def checkpoint_of(model: str, options: QuantizeOptions, console: Console) -> tup
     checkpoint = cached_checkpoint(plan)
     if not checkpoint.exists():
         with Bars(console) as bars:
-            quantize_model(plan, checkpoint, progress=bars)
+            made = quantize_model(plan, checkpoint, progress=bars)
+        console.print(describe_checkpoint(made), highlight=False, soft_wrap=True)
     return str(checkpoint), QUANT_METHOD
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from pcdvq_kernels.errors import PCDVQError
 
 from pcdvq_quantizer.codebooks import codebooks_at_hand
-from pcdvq_quantizer.inspection import describe_rate
+from pcdvq_quantizer.inspection import describe_checkpoint
 from pcdvq_quantizer.report import plots
 from pcdvq_quantizer.report.evaluations import Evaluations, read_evaluations
 from pcdvq_quantizer.report.record import CheckpointRecord, read_record
@@ -74,7 +74,7 @@ def _render(record: CheckpointRecord, evaluations: Evaluations | None) -> str:
         "generator": GENERATOR,
         "title": f"{checkpoint.directory.name}: {Path(record.run.model).name} in PCDVQ",
         "directory": checkpoint.directory.name,
-        "rate": describe_rate(checkpoint),
+        "rate": describe_checkpoint(checkpoint),
         "facts": _facts(record),
         "errors": numbered and Markup(plots.plot_errors(record)),
         "has_output_error": all(each.error.output is not None for each in record.numbered),

@@ -148,10 +148,9 @@ def _matching(patterns: tuple[str, ...], names: list[str], model: str) -> set[st
     """
     found: set[str] = set()
     for pattern in patterns:
+        is_regex = pattern.startswith(REGEX)
         try:
-            regex = re.compile(
-                pattern.removeprefix(REGEX) if pattern.startswith(REGEX) else translate(pattern)
-            )
+            regex = re.compile(pattern.removeprefix(REGEX) if is_regex else translate(pattern))
         except re.error as error:
             raise PCDVQError(
                 f"--skip {pattern!r} is no regular expression ({error}); mend it, or leave out "
@@ -163,7 +162,8 @@ def _matching(patterns: tuple[str, ...], names: list[str], model: str) -> set[st
             near = get_close_matches(pattern.removeprefix(REGEX), kinds, EXAMPLES, cutoff=0.0)
             raise PCDVQError(
                 f"--skip {pattern!r} matches no layer of {model}, which has for instance "
-                f"{', '.join(near)}; correct the pattern or drop it"
+                f"{', '.join(near)}; correct the pattern, which must fit a "
+                f"{'name from its beginning' if is_regex else 'whole name'}"
             )
         found |= matches
     return found

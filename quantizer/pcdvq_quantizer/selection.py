@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase, translate
@@ -13,6 +14,8 @@ import torch
 from pcdvq_kernels.errors import PCDVQError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.experts import experts_of, separate_experts
@@ -112,13 +115,15 @@ def select_layers(
         for tensor, shape in source.shapes.items()
         if len(shape) >= 2
     }
+    renamed = names_in_model(model, matrices.values())
     unwanted = _matching(skip, [*matrices, *sorted(linears.difference(matrices))], source.name)
     layers, skipped = [], {}
     for name, tensor in matrices.items():
         if name in unwanted:
             reason: str | None = SKIPPED
         else:
-            reason = None if name in roles else _other_kind(name, tensor, modules)
+            loaded = renamed[tensor].removesuffix(".weight")
+            reason = None if name in roles else _other_kind(name, loaded, modules)
             reason = reason or _unsuitable(source.shapes[tensor])
         if reason:
             skipped[name] = reason
@@ -138,6 +143,13 @@ def select_layers(
     embedding, head = (name if name in layers else None for name in roles)
     left = tuple(sorted(linears.difference(layers)))
     return Selection(layers, skipped, embedding, head, left)
+
+
+def names_in_model(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """What transformers calls each of `tensors`, names on disk, once it has loaded them."""
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    return {tensor: rename_source_key(tensor, renamings, [])[0] for tensor in tensors}
 
 
 def _matching(patterns: tuple[str, ...], names: list[str], model: str) -> set[str]:
@@ -169,21 +181,31 @@ def _matching(patterns: tuple[str, ...], names: list[str], model: str) -> set[st
     return found
 
 
-def _other_kind(name: str, tensor: str, modules: dict[str, nn.Module]) -> str | None:
-    """Why parameter `tensor` of layer `name` is none to quantize, None if it is."""
-    module = modules.get(name)
-    linear = isinstance(module, nn.Linear) and name != tensor
+def _other_kind(name: str, loaded: str, modules: dict[str, nn.Module]) -> str | None:
+    """Why the matrix `name` is no linear layer to quantize, None if it is one.
+
+    Args:
+        name: of a layer on disk, or of a parameter that is not a weight.
+        loaded: its name in transformers' model.
+        modules: of that model.
+    """
+    linear = isinstance(modules.get(name), nn.Linear)
+    holder, _, key = loaded.rpartition(".")
+    module = modules.get(loaded)
+    if module is None and holder in modules and key in modules[holder]._parameters:
+        module = modules[holder]
     if not linear and (_EXPERTS.search(name) or "Experts" in type(module).__name__):
         return EXPERTS
     for pattern, reason in DEFAULT_SKIP.items():
-        if fnmatchcase(name, pattern):
+        if fnmatchcase(loaded, pattern):
             return reason
     if linear:
         return None
     if isinstance(module, nn.Embedding):
         return EMBEDDING
-    holder = modules.get(name.rpartition(".")[0]) if name == tensor else module
-    return "transformers has no such layer" if holder is None else "not a linear layer"
+    if isinstance(module, nn.Linear):
+        return "stored under another name than transformers'"
+    return "no layer that transformers knows" if module is None else "not a linear layer"
 
 
 def _unsuitable(shape: tuple[int, ...]) -> str | None:

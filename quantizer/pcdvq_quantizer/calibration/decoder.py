@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pcdvq_quantizer.experts import separate_experts
-from pcdvq_quantizer.selection import hf_config
+from pcdvq_quantizer.selection import hf_config, names_in_model
 from pcdvq_quantizer.sources import Source
 
 
@@ -45,6 +45,9 @@ class LayeredModel:
                 hf_config(source.config), dtype=torch.float32
             )
         separate_experts(self.model, source.shapes)
+        names = names_in_model(self.model, source.shapes)
+        self._stored = {loaded: stored for stored, loaded in names.items()}
+        self._stored |= {stored: stored for stored in names}  # as `separate_experts` has them
         self.model.eval()
         self.prefix, self._stack = _decoder_layers(self.model, set(linears), source.name)
         self._base = self.model.get_submodule(self.prefix.rpartition(".")[0])
@@ -135,39 +138,48 @@ class LayeredModel:
 
     @cached_property
     def _tuples(self) -> bool:
-        """Whether decoder layers return tuples, of which the hidden states are the first."""
-        if not self._fits(tuples=False):
-            if not self._fits(tuples=True):
-                raise self._unknown("it is not known what they return")
-            return True
-        return False
-
-    def _fits(self, tuples: bool) -> bool:
-        """Whether layers that return tuples, or do not, hand hidden states [1, T, H] on.
+        """Whether decoder layers return tuples, of which the hidden states are the first.
 
         Raises:
-            PCDVQError: they do, but read something else, too, that depends on the text.
+            PCDVQError: it is another thing that they return, or they read something else, too,
+                that depends on the text.
+        """
+        if self._misfit(tuples=False) is None:
+            return False
+        if reason := self._misfit(tuples=True):
+            raise self._unknown(reason)
+        return True
+
+    def _misfit(self, tuples: bool) -> str | None:
+        """Why layers that return tuples, or do not, are not those of this model, tried on tokens.
+
+        Raises:
+            PCDVQError: as `_tuples`.
         """
         calls = []
-        recorders = [_Recorder(tuples) for _ in self._stack]
-        with self._instead_of_layers(recorders):
-            for token in range(2):
-                ids = torch.full((1, 1), token, device=self.device)
-                try:
-                    self._base(input_ids=ids, use_cache=False)
-                except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-                    if not tuples:
-                        return False  # a tensor [1, 1, H] has not as many parts as the tuple
-                    raise self._unknown(str(error).partition("\n")[0]) from error
-                calls.append([recorder.call for recorder in recorders])
-        given = [recorder.hidden for recorder in recorders]
-        if not all(isinstance(hidden, Tensor) and hidden.dim() == 3 for hidden in given):
-            if not tuples:
-                return False
-            raise self._unknown("they hand on several streams of hidden states")
+        for token in range(2):
+            recorders = [_Recorder(tuples) for _ in self._stack]
+            misfit = self._try(torch.full((1, 1), token, device=self.device), recorders)
+            if recorders[0].hidden.dim() not in (0, 3):
+                raise self._unknown("they hand on several streams of hidden states")
+            if misfit is not None:
+                return misfit
+            calls.append([recorder.call for recorder in recorders])
         if not all(map(_same, *calls)):
             raise self._unknown("they read more of the text than hidden states")
-        return True
+        return None
+
+    def _try(self, tokens: Tensor, recorders: list[_Recorder]) -> str | None:
+        """Why the model does not run with `recorders` for its layers, None if it does."""
+        with self._instead_of_layers(recorders):
+            try:
+                self._base(input_ids=tokens, use_cache=False)
+            except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+                # Such as for a tensor [1, 1, H], which has not as many parts as the tuple.
+                return f"{type(error).__name__}: {error}"
+        if any(recorder.hidden.dim() != 3 for recorder in recorders):
+            return "what they return is not what the next one reads"
+        return None
 
     def _unknown(self, reason: str) -> PCDVQError:
         return PCDVQError(
@@ -214,8 +226,9 @@ class LayeredModel:
         for key, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{key}" if name else key
             # A tied output head is not stored; `tie_weights` makes it the embedding.
-            if parameter.device.type == "meta" and full in self._source.shapes:
-                value = self._source.load(full).to(self.device, torch.float32)
+            stored = self._stored.get(full)
+            if parameter.device.type == "meta" and stored is not None:
+                value = self._source.load(stored).to(self.device, torch.float32)
                 setattr(module, key, nn.Parameter(value, requires_grad=False))
 
 
@@ -228,12 +241,15 @@ class _Recorder:
 
     def __init__(self, tuples: bool) -> None:
         self._tuples = tuples
-        self.hidden = torch.empty(0)
+        self.hidden = torch.empty(())  # until it is called
         self.call = Call((), {})
         self.output: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.hidden = args[0] if args else kwargs.pop("hidden_states")
+        given = args[0] if args else kwargs.pop("hidden_states")
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{type(given).__name__} in the place of hidden states")
+        self.hidden = given
         self.call = Call(args[1:], kwargs)
         output = self.hidden if self.output is None else self.output
         # What is beside the hidden states is nothing that another layer may need.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +85,20 @@ def test_replay_of_an_unchanged_layer_is_its_forward(model_type: str, tmp_path: 
             hidden = output
         logits = torch.stack([model.logits(row) for row in hidden])
         torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"objective": "fisher"}, {"bits": 3.5}, {"codec": "trellis"}])
+def test_linears_that_are_children_of_the_layer(changes: dict[str, Any], tmp_path: Path) -> None:
+    """By all that is measured on the way, with text that the model writes."""
+    sizes = {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 128}
+    config = tiny_config("opt", pad_token_id=0, **sizes)
+    model = str(save_model(tmp_path / "model", config))
+    options = replace(OPTIONS, codec="signed", samples=2)
+    plan = make_plan(model, replace(options, **changes))
+    checkpoint = quantize_model(plan, tmp_path / "out")
+    assert len(checkpoint.layers) == 12
+    report = json.loads((tmp_path / "out" / "pcdvq_report.json").read_text())
+    assert all(0 < error["output"] < error["weight"] for error in report["errors"].values())
 
 
 class Odd(nn.Module):

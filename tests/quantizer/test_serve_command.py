@@ -42,7 +42,9 @@ def serve(*arguments: object) -> Result:
 
 def test_quantizes_once_and_passes_options_on(model: Path, calls: list) -> None:
     options = ("--bits", "2", "--calibration", "none", "--port", "9", "--enforce-eager")
-    assert isinstance(serve(model, *options).exception, Started)
+    made = serve(model, *options)
+    assert isinstance(made.exception, Started)
+    assert "MiB before" in made.output
     assert isinstance(serve(model, *options).exception, Started)
     (command, environment), (again, _) = calls
     assert command == again

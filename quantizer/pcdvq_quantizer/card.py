@@ -13,7 +13,7 @@ from pcdvq_kernels.vptq.checkpoint import VPTQCheckpoint
 
 from pcdvq_quantizer.checkpoints import open_any_checkpoint
 from pcdvq_quantizer.evaluation.report import EvaluationReport
-from pcdvq_quantizer.inspection import describe_checkpoint
+from pcdvq_quantizer.inspection import describe_checkpoint, describe_left
 
 MIB = 2**20
 TEMPLATE = """---
@@ -113,7 +113,7 @@ def write_model_card(directory: Path, evaluations: Sequence[Path] = ()) -> None:
         packed_mib=f"{sum(layer.bytes for layer in layers) / MIB:.1f}",
         dense_mib=f"{sum(2 * layer.weights for layer in layers) / MIB:.1f}",
         mib=f"{sum(tensor.bytes for tensor in checkpoint.tensors.values()) / MIB:.1f}",
-        skipped=", ".join(checkpoint.modules_to_not_convert) or "none",
+        skipped=", ".join(describe_left(checkpoint)) or "none",
         commands="\n".join(_commands(record)),
         figures=[row for file in evaluations for row in _figures(EvaluationReport.read(file))],
     )

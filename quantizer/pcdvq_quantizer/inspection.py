@@ -6,10 +6,11 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from pcdvq_kernels.checkpoint import REPORT_FILE, read_json
 from pcdvq_kernels.errors import CheckpointError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +18,10 @@ from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
 from pcdvq_quantizer.selection import describe_skipped
 
 MIB = 2**20
+
+
+# A record may be anybody's, and its names and reasons are shown.
+_Printable = Annotated[str, Field(pattern=r"^[ -~]{1,300}$")]
 
 
 class _Error(BaseModel):
@@ -27,8 +32,8 @@ class _Run(BaseModel):
     """What is shown of `REPORT_FILE`."""
 
     errors: dict[str, _Error] = {}
-    skipped: dict[str, str] = {}
-    original_bytes: int | None = None
+    skipped: dict[_Printable, _Printable] = {}
+    original_bytes: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -118,10 +123,18 @@ def inspect_checkpoint(directory: Path) -> CheckpointSummary:
         total - packed,
         checkpoint.modules_to_not_convert,
         describe_checkpoint(checkpoint),
-        describe_skipped(
-            run.skipped or dict.fromkeys(checkpoint.modules_to_not_convert, "reason not recorded")
-        ),
+        describe_left(checkpoint),
     )
+
+
+def describe_left(checkpoint: AnyCheckpoint) -> list[str]:
+    """What is not quantized and why, numbered layers together, as far as the record tells it.
+
+    Raises:
+        CheckpointError: as `describe_checkpoint`.
+    """
+    unknown = dict.fromkeys(checkpoint.modules_to_not_convert, "reason not recorded")
+    return describe_skipped(_recorded_run(checkpoint.directory).skipped or unknown)
 
 
 def describe_checkpoint(checkpoint: AnyCheckpoint) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from models import save_model, tiny_config
 from pcdvq_kernels.checkpoint import open_checkpoint
-from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from pcdvq_quantizer import cli
-from pcdvq_quantizer.inspection import describe_checkpoint, inspect_checkpoint
+from pcdvq_quantizer.inspection import describe_checkpoint, describe_left, inspect_checkpoint
 from pcdvq_quantizer.plan import QuantizeOptions, RunOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
 from pcdvq_quantizer.vptq.plan import VPTQOptions
@@ -115,8 +116,13 @@ def test_the_whole_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for reason in ("embedding", "output head", "router", "norms, biases and the like"):
         assert f" % {reason}" in sentence
     report = tmp_path / "out" / "pcdvq_report.json"
+    for broken in ({"original_bytes": 0}, {"skipped": {"lm_head": "\x1b[2J"}}):
+        report.write_text(json.dumps(json.loads(report.read_text()) | broken))
+        with pytest.raises(CheckpointError, match="not the record of a run"):
+            describe_checkpoint(checkpoint)
     report.unlink()
     assert "at 16 bits per weight" in describe_checkpoint(checkpoint)
+    assert describe_left(checkpoint)[0] == "lm_head (reason not recorded)"
 
 
 def test_experts_are_quantized_all_or_none(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def _make_windows(files: ModelFiles, reference: ModelFiles, options: FinetuneOpt
     tokenizer = files.tokenizer()
     wanted = options.windows + options.holdout
     if options.calibration == SELF:
-        files.limits.check_tokens(all_prompts(tokenizer), tokenizer, files.name)
+        reference.limits.check_tokens(all_prompts(tokenizer), tokenizer, files.name)
         original = load_causal_lm(reference, "float32").eval()
         tokens = wanted * options.sequence_length
         with torch.no_grad():
@@ -126,7 +126,8 @@ def _make_windows(files: ModelFiles, reference: ModelFiles, options: FinetuneOpt
     else:
         texts = tokenize(tokenizer, read_documents(options.calibration))
     windows = sample_windows(tokenizer, texts, wanted, options.sequence_length)
-    files.limits.check_tokens(windows.tolist(), tokenizer, files.name)
+    for each in (files, reference):
+        each.limits.check_tokens(windows.tolist(), tokenizer, files.name)
     return windows
 
 

@@ -81,9 +81,10 @@ def test_what_vllm_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise InterruptedError
 
     options = EvaluateOptions(text=tmp_path / "text", window=256, backend="vllm")
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+    with monkeypatch.context() as patch:
         patch.setattr("pcdvq_quantizer.evaluation.run.VLLMModel", start)
-        evaluate(str(original), options)
+        with pytest.raises(InterruptedError):
+            evaluate(str(original), options)
     assert started == [255]
     (tmp_path / "lines").write_text(json.dumps({"text": "a " * 126 + "last"}))
     options = EvaluateOptions(("lambada",), lambada=tmp_path / "lines", backend="vllm")

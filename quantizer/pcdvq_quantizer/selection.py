@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pcdvq_kernels.errors import PCDVQError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -18,6 +19,17 @@ from pcdvq_quantizer.experts import experts_of, separate_experts
 from pcdvq_quantizer.sources import Source
 
 MIN_FEATURES = 8
+# Keys of a config.json that say how many modules a model is made of.
+LAYER_COUNTS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks"),
+    *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+)
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# What transformers raises for configurations that it cannot build a model of.
+UNKNOWN_MODEL = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError),
+    *(OSError, RuntimeError, StrictDataclassError, TypeError, ValueError),
+)
 # Output heads are left in their own precision, unless asked for with the embeddings; routers are
 # tiny, and vLLM never quantizes them.
 DEFAULT_SKIP = ("lm_head", "*.lm_head", "*.gate", "*.router", "*.shared_expert_gate")
@@ -83,8 +95,8 @@ def select_layers(
     Raises:
         PCDVQError: the architecture is unknown, or nothing of it can be quantized.
     """
-    architecture = ", ".join(source.config.get("architectures") or ["unknown architecture"])
-    model = _build_empty(source.config, architecture)
+    architecture = _architecture(source.config)
+    model = build_empty(source)
     separate_experts(model, source.shapes)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     roles = find_embeddings(model) if embeddings else (None, None)
@@ -133,13 +145,57 @@ def _infinities(value: Any) -> Any:
     return [_infinities(each) for each in value] if isinstance(value, list) else value
 
 
-def _build_empty(config: dict[str, Any], architecture: str) -> PreTrainedModel:
-    """The model that `config` describes, without its weights."""
+def build_empty(source: Source) -> PreTrainedModel:
+    """The model that `source.config` describes, on the meta device.
+
+    Raises:
+        PCDVQError: transformers does not know it, or it has more layers than `source` has tensors.
+    """
+    config = source.config
+    architecture = _architecture(config)
+    if not isinstance(config.get("model_type"), str):
+        raise PCDVQError(
+            f"config.json of {source.name} has no model_type, which tells what model it is; get "
+            "the config.json that belongs to the model"
+        )
+    check_counts(source.name, config, source.shapes)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(hf_config(config))
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
+            return AutoModelForCausalLM.from_config(hf_config(config), trust_remote_code=False)
+    except UNKNOWN_MODEL as error:
+        code = "auto_map" in config and (
+            "; the code it brings along (auto_map in config.json) is never run"
+        )
         raise PCDVQError(
             f"{architecture} is not a causal language model that this transformers release knows "
-            f"({str(error).splitlines()[0]}); upgrade transformers or choose another model"
+            f"({_first_line(error)}){code or ''}; upgrade transformers or choose another model"
         ) from error
+
+
+def check_counts(model: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise PCDVQError if `config` has more layers or experts than fit tensors of `shapes`.
+
+    Empty models take time and memory for each.
+    """
+    stacked = [shape[0] for shape in shapes.values() if len(shape) > 2]
+    limits = dict.fromkeys(LAYER_COUNTS, len(shapes))
+    limits |= dict.fromkeys(EXPERT_COUNTS, max(len(shapes), *stacked, 0))
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key, most in limits.items():
+            count = part.get(key)
+            if isinstance(count, int) and count > most:
+                raise PCDVQError(
+                    f"config.json of {model} has {key} {count}, but the model has {len(shapes)} "
+                    "tensors; get the config.json that belongs to it"
+                )
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    named = config.get("architectures")
+    named = named if isinstance(named, list) else [named]
+    return ", ".join(filter(None, map(str, filter(None, named)))) or "unknown architecture"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])

@@ -52,7 +52,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         source.copy_files(Path(scratch))
         (Path(scratch) / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
         try:
-            return AutoTokenizer.from_pretrained(scratch)
+            return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise PCDVQError(
                 f"{source.name} has no tokenizer that transformers can load "

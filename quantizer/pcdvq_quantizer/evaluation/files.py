@@ -66,7 +66,9 @@ class ModelFiles:
             PCDVQError: there is none that can be read.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.directory, gguf_file=self.gguf)
+            return AutoTokenizer.from_pretrained(
+                self.directory, gguf_file=self.gguf, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise PCDVQError(

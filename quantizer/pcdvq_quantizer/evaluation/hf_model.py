@@ -40,7 +40,10 @@ def load_causal_lm(files: ModelFiles, dtype: str) -> PreTrainedModel:
         if files.is_vptq:
             return _load_vptq(files, _dtype(files, dtype, device)).to(device)
         return AutoModelForCausalLM.from_pretrained(
-            files.directory, gguf_file=files.gguf, dtype=_dtype(files, dtype, device)
+            files.directory,
+            gguf_file=files.gguf,
+            dtype=_dtype(files, dtype, device),
+            trust_remote_code=False,
         ).to(device)
     except PCDVQError:
         raise
@@ -55,7 +58,9 @@ def _load_vptq(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel:
     state = dense_state(open_vptq_checkpoint(files.directory), dtype)
     config = {key: value for key, value in files.config.items() if key != "quantization_config"}
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(hf_config(config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            hf_config(config), dtype=dtype, trust_remote_code=False
+        )
     _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -27,17 +27,18 @@ LLAMA3 = {
 # Of keys `ARCHITECTURE.KEY`: what transformers leaves out, and the fields of its configurations of
 # which the first that a model has is to hold the value.
 FIELDS = {
+    "attention.head_count": ("num_attention_heads", "n_head"),
     "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads", "n_head"),
     "attention.key_length": ("head_dim",),
     "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_eps"),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps"),
-    "attention.sliding_window": ("sliding_window",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
     "use_parallel_residual": ("use_parallel_residual",),
 }
 # Values that change nothing in a model that does not know the key.
 NEUTRAL: dict[str, Collection[object]] = {
+    "attention.head_count": (0,),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
@@ -56,6 +57,14 @@ NEUTRAL: dict[str, Collection[object]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "ssm.dt_b_c_rms": (False,),
 }
+# That files have in which transformers looks for them; it would take values of its own instead.
+REQUIRED = ("attention.head_count", "attention.layer_norm_rms_epsilon")
+# Architectures with tokenizers that put no space before a text, or take care of it themselves.
+NO_SPACE_PREFIX = ("gemma2", "gemma3", "gemma4", "phi3")
+# Ways of splitting text, `tokenizer.ggml.pre`, of models that read a BOS token first.
+PRE_WITH_BOS = ("falcon3", "llama-bpe", "llama-v3", "llama3", "tekken")
+# What llama.cpp takes where a file says nothing.
+ROPE_BASE = 10000.0
 # Sizes, which the shapes of tensors tell again, and notes.
 HARMLESS = {
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
@@ -107,11 +116,16 @@ def take_metadata(reader: GGUFReader, architecture: str, config: PreTrainedConfi
     """Put into `config`, which transformers has made of `reader`, all that it left out.
 
     Raises:
-        PCDVQError: a key says something of the model that `config` cannot say.
+        PCDVQError: a key says something of the model that `config` cannot say, or is missing.
     """
     _imply_attention_scale(architecture, config)
     prefix = f"{architecture}."
     keys = [key.removeprefix(prefix) for key in reader.fields if key.startswith(prefix)]
+    for key in REQUIRED:
+        if key in GGUF_CONFIG_MAPPING[architecture] and not _has(keys, key):
+            raise PCDVQError(f"the GGUF file has no {prefix}{key}; get the file again")
+    if "rope.freq_base" not in keys:
+        _take_base(ROPE_BASE, config)
     for key in keys:
         value = _value(reader, prefix + key)
         if not _is_held(key, value, architecture, config):
@@ -144,9 +158,34 @@ def take_rope_factors(factors: Tensor, config: PreTrainedConfig) -> None:
         )
 
 
+def special_token_options(reader: GGUFReader) -> dict[str, bool]:
+    """Special tokens that every prompt gets, which transformers does not ask the file for.
+
+    Raises:
+        PCDVQError: texts are to begin in a way that transformers' tokenizer would not have it.
+    """
+    model = _value(reader, "tokenizer.ggml.model")
+    prefix = _value(reader, "tokenizer.ggml.add_space_prefix")
+    architecture = _value(reader, "general.architecture")
+    if model == "llama" and prefix is False and architecture not in NO_SPACE_PREFIX:
+        raise _refused("tokenizer.ggml.add_space_prefix", prefix)
+    # What llama.cpp does for files that do not say.
+    begins = model == "llama" or _value(reader, "tokenizer.ggml.pre") in PRE_WITH_BOS
+    options = {"add_bos_token": begins, "add_eos_token": False}
+    for option in options:
+        if (said := _value(reader, f"tokenizer.ggml.{option}")) is not None:
+            options[option] = bool(said)
+    return {option: True for option, wanted in options.items() if wanted}
+
+
 def _value(reader: GGUFReader, key: str) -> Any:
     field = reader.get_field(key)
     return None if field is None else field.contents()
+
+
+def _has(keys: list[str], wanted: str) -> bool:
+    """Whether `wanted` is in `keys`; either norm's epsilon stands for both."""
+    return wanted in keys or wanted.replace("_rms", "") in keys
 
 
 def _refused(key: str, value: object) -> PCDVQError:
@@ -228,8 +267,15 @@ def _take_local_base(value: float, config: PreTrainedConfig) -> bool:
     return bool(rope)
 
 
+def _take_window(value: int, config: PreTrainedConfig) -> bool:
+    if getattr(config, "use_sliding_window", True) and hasattr(config, "sliding_window"):
+        config.sliding_window = value
+    return getattr(config, "sliding_window", None) == value
+
+
 CHECKS: dict[str, Callable[[Any, PreTrainedConfig], bool]] = {
     "attention.scale": _check_scale,
+    "attention.sliding_window": _take_window,
     "attention.value_length": lambda value, config: value == _head_dim(config),
     "rope.dimension_count": _check_rotated,
     "rope.freq_base": _take_base,

@@ -14,7 +14,13 @@ import torch
 from gguf import GGUFReader, ReaderTensor, dequantize
 from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -24,6 +30,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from pcdvq_quantizer.gguf_metadata import (
     ROPE_FACTORS,
     check_file,
+    special_token_options,
     take_metadata,
     take_rope_factors,
 )
@@ -135,14 +142,24 @@ class GGUFSource:
         other.shapes = {name: shape for name, shape in self.shapes.items() if name not in names}
         return other
 
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(
+                self._path.parent,
+                gguf_file=self._path.name,
+                trust_remote_code=False,
+                **self._special_tokens,
+            )
+        # The package `tokenizers` raises nothing more special.
+        except Exception as error:
+            raise PCDVQError(
+                f"{self.name} has no tokenizer that transformers can make ({error}); get the file "
+                "again"
+            ) from error
+
     def copy_files(self, output: Path) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(
-            self._path.parent,
-            gguf_file=self._path.name,
-            trust_remote_code=False,
-            **self._special_tokens,
-        )
-        tokenizer.save_pretrained(output)
+        self._tokenizer.save_pretrained(output)
         GenerationConfig.from_model_config(self._hf_config).save_pretrained(output)
 
 
@@ -164,13 +181,3 @@ def _decode(tensor: ReaderTensor, rows: int | None = None) -> np.ndarray:
 def _whole(shape: Iterable[int]) -> list[int]:
     """`shape` without the sizes of 1, which llama.cpp leaves out."""
     return [size for size in shape if size != 1]
-
-
-def special_token_options(reader: GGUFReader) -> dict[str, bool]:
-    """Special tokens that the file says every prompt gets; transformers does not read them."""
-    options = {}
-    for option in ("add_bos_token", "add_eos_token"):
-        field = reader.get_field(f"tokenizer.ggml.{option}")
-        if field is not None and field.contents():
-            options[option] = True
-    return options

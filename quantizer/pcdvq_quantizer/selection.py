@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pcdvq_kernels.errors import PCDVQError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.experts import experts_of, separate_experts
@@ -163,12 +164,16 @@ def build_empty(source: Source) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(hf_config(config), trust_remote_code=False)
     except UNKNOWN_MODEL as error:
-        code = "auto_map" in config and (
-            "; the code it brings along (auto_map in config.json) is never run"
-        )
+        if config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise PCDVQError(
+                f"config.json of {source.name} describes no {config['model_type']} model that can "
+                f"be built ({_first_line(error)}); get the config.json that belongs to the model"
+            ) from error
+        code = ", and code that a model brings along (auto_map) is never run"
         raise PCDVQError(
-            f"{architecture} is not a causal language model that this transformers release knows "
-            f"({_first_line(error)}){code or ''}; upgrade transformers or choose another model"
+            f"{architecture} (model_type {config['model_type']}) is not a causal language model "
+            f"that this transformers release knows{code if 'auto_map' in config else ''}; upgrade "
+            "transformers or choose another model"
         ) from error
 
 

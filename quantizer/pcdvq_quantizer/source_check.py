@@ -50,9 +50,10 @@ def check_source(source: Source) -> Source:
     _check_dtypes(source, model, stored)
     info = _load_empty(source, model, conversions)
     for name, found, expected in sorted(info.mismatched_keys):
+        names = stored.get(name, [])
         raise PCDVQError(
-            f"tensor {stored.get(name, name)} of {source.name} is {list(found)}, its config.json "
-            f"makes it {list(expected)}. {REMEDY}"
+            f"tensor {names[0] if len(names) == 1 else name} of {source.name} is {list(found)}, "
+            f"its config.json makes it {list(expected)}. {REMEDY}"
         )
     if not hf_config(source.config).sub_configs:
         _check_complete(source, model, info)
@@ -78,26 +79,26 @@ def check_values(source: Source, names: Iterable[str]) -> None:
 
 def _stored_names(
     source: Source, model: PreTrainedModel, conversions: list[WeightConverter | WeightRenaming]
-) -> dict[str, str]:
-    """Name in `model` to name in `source`, one of them where several make one tensor."""
+) -> dict[str, list[str]]:
+    """Name in `model` to those in `source` of which transformers makes it."""
     renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
     converters = [each for each in conversions if isinstance(each, WeightConverter)]
     state = model.state_dict()
-    names = {}
+    names: dict[str, list[str]] = {}
     for stored in source.shapes:
         name, _ = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-        names[name if name in state else stored] = stored
+        names.setdefault(name if name in state else stored, []).append(stored)
     return names
 
 
-def _check_dtypes(source: Source, model: PreTrainedModel, stored: dict[str, str]) -> None:
-    for name, expected in model.state_dict().items():
-        dtype = source.dtypes.get(stored.get(name, ""))
-        if dtype is not None and expected.is_floating_point() and dtype not in FLOATING:
+def _check_dtypes(source: Source, model: PreTrainedModel, stored: dict[str, list[str]]) -> None:
+    floating = [name for name, each in model.state_dict().items() if each.is_floating_point()]
+    for name in (part for each in floating for part in stored.get(each, ())):
+        if source.dtypes[name] not in FLOATING:
             raise PCDVQError(
-                f"tensor {stored[name]} of {source.name} is {dtype}, expected "
-                f"{', '.join(FLOATING[:-1])} or {FLOATING[-1]}. Quantized weights have lost what "
-                "is needed here, and others can be converted: get the original model"
+                f"tensor {name} of {source.name} is {source.dtypes[name]}, it must be "
+                f"{', '.join(FLOATING[:-1])} or {FLOATING[-1]}; convert it from F64, and in place "
+                "of quantized weights give the model that they were made of"
             )
 
 
@@ -133,7 +134,9 @@ def _load_empty(
 
 def _check_complete(source: Source, model: PreTrainedModel, info: LoadStateDictInfo) -> None:
     """Raises PCDVQError for a tensor that is missing, or that the model would have no use for."""
-    if missing := sorted(info.missing_keys):
+    tied = model.all_tied_weights_keys
+    # Of a pair of tied tensors the second need not be stored.
+    if missing := sorted(info.missing_keys, key=lambda name: (name in tied, name)):
         raise PCDVQError(
             f"{source.name} lacks tensor {missing[0]} ({len(missing)} in all). {REMEDY}"
         )
@@ -155,12 +158,17 @@ def _kind(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def _without_copies(source: Source, model: PreTrainedModel, stored: dict[str, str]) -> Source:
+def _without_copies(source: Source, model: PreTrainedModel, stored: dict[str, list[str]]) -> Source:
     copies = []
     for name, origin in model.all_tied_weights_keys.items():
-        if name not in stored or origin not in stored:
+        if name not in stored:
             continue
-        pair = stored[name], stored[origin]
+        if origin not in stored:
+            raise PCDVQError(
+                f"{source.name} has {stored[name][0]} in the place of {origin}, which its "
+                "config.json ties it to; vLLM looks for the latter: rename it"
+            )
+        pair = stored[name][0], stored[origin][0]
         if not torch.equal(*(source.load(each) for each in pair)):
             raise PCDVQError(
                 f"{pair[0]} and {pair[1]} of {source.name} differ, though its config.json ties "

@@ -159,11 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     _check_file(path)
     try:
-        if (size := path.stat().st_size) > MOST_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} has {size} bytes, over the limit of {MOST_JSON_BYTES}. {REMEDY}"
-            )
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        value = json.loads(read_json_bytes(path).decode(), object_pairs_hook=_unique)
     except CheckpointError:
         raise
     except OSError as error:
@@ -173,6 +169,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object. {REMEDY}")
     return value
+
+
+def read_json_bytes(path: Path) -> bytes:
+    """Read a JSON file without parsing it.
+
+    Raises:
+        CheckpointError: it is too large, or no regular file.
+        OSError: it is missing or cannot be read.
+    """
+    size = path.stat().st_size
+    _check_file(path)
+    if size > MOST_JSON_BYTES:
+        raise CheckpointError(
+            f"{path} has {size} bytes, over the limit of {MOST_JSON_BYTES}. {REMEDY}"
+        )
+    return path.read_bytes()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

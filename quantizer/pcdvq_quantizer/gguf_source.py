@@ -35,9 +35,29 @@ from pcdvq_quantizer.gguf_metadata import (
     take_rope_factors,
 )
 from pcdvq_quantizer.selection import UNKNOWN_MODEL
+from pcdvq_quantizer.sources import reason
 
 # What `GGUFReader` raises for files that are something else, or damaged.
 NO_GGUF = (*UNKNOWN_MODEL, RecursionError)
+
+
+# Several times as many as files with the largest vocabularies need.
+MOST_READS = 1 << 23
+
+
+class BoundedReader(GGUFReader):
+    """Stops where a file has more keys, tensors and items of lists than any model has.
+
+    The file says how many there are, and may have holes as large as they need.
+    """
+
+    _reads = 0
+
+    def _get(self, *args: Any, **kwargs: Any) -> Any:
+        self._reads += 1
+        if self._reads > MOST_READS:
+            raise ValueError("it has more keys, tensors or items of lists than any model")
+        return super()._get(*args, **kwargs)
 
 
 class GGUFSource:
@@ -57,7 +77,7 @@ class GGUFSource:
         self.name = path.name
         self._path = path
         try:
-            reader = GGUFReader(path)
+            reader = BoundedReader(path)
         except NO_GGUF as error:
             raise PCDVQError(f"{path} cannot be read as a GGUF file: {error}") from error
         architecture = check_file(reader, path.name)
@@ -75,7 +95,7 @@ class GGUFSource:
         except PCDVQError:
             raise
         except UNKNOWN_MODEL as error:
-            raise PCDVQError(f"{path} cannot be read as a GGUF model: {error}") from error
+            raise PCDVQError(f"{path} cannot be read as a GGUF model: {reason(error)}") from error
         self._hf_config.architectures = [type(model).__name__]
         self._special_tokens = special_token_options(reader)
         state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -101,7 +121,7 @@ class GGUFSource:
         tensors: dict[str, ReaderTensor] = {}
         for tensor in reader.tensors:
             if tensor.name == ROPE_FACTORS:
-                take_rope_factors(torch.from_numpy(_decode(tensor)).float(), self._hf_config)
+                take_rope_factors(torch.tensor(_decode(tensor)).float(), self._hf_config)
                 continue
             name = names.get(tensor.name)
             if name is None or name in tensors:
@@ -154,8 +174,8 @@ class GGUFSource:
         # The package `tokenizers` raises nothing more special.
         except Exception as error:
             raise PCDVQError(
-                f"{self.name} has no tokenizer that transformers can make ({error}); get the file "
-                "again"
+                f"{self.name} has no tokenizer that transformers can make ({reason(error)}); get "
+                "the file again"
             ) from error
 
     def copy_files(self, output: Path) -> None:

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.experts import experts_of, separate_experts
-from pcdvq_quantizer.sources import Source
+from pcdvq_quantizer.sources import CODE, Source, reason
 
 MIN_FEATURES = 8
 # Keys of a config.json that say how many modules a model is made of.
@@ -167,13 +167,13 @@ def build_empty(source: Source) -> PreTrainedModel:
         if config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise PCDVQError(
                 f"config.json of {source.name} describes no {config['model_type']} model that can "
-                f"be built ({_first_line(error)}); get the config.json that belongs to the model"
+                f"be built ({reason(error)}); get the config.json that belongs to the model"
             ) from error
-        code = ", and code that a model brings along (auto_map) is never run"
+        code = f" ({CODE})" if "auto_map" in config else ""
         raise PCDVQError(
             f"{architecture} (model_type {config['model_type']}) is not a causal language model "
-            f"that this transformers release knows{code if 'auto_map' in config else ''}; upgrade "
-            "transformers or choose another model"
+            f"that this transformers release knows{code}; upgrade transformers or choose another "
+            "model"
         ) from error
 
 
@@ -199,8 +199,3 @@ def _architecture(config: dict[str, Any]) -> str:
     named = config.get("architectures")
     named = named if isinstance(named, list) else [named]
     return ", ".join(filter(None, map(str, filter(None, named)))) or "unknown architecture"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])

@@ -31,6 +31,7 @@ OTHER_CONTENTS = {
     ),
     "*.gguf": "holds GGUF files; name one of them",
 }
+CODE = "code that a model brings along (auto_map) is never run"
 NOT_COPIED = ("config.json", INDEX_FILE, "README.md", ".gitattributes")
 
 
@@ -82,6 +83,14 @@ def open_source(model: str) -> Source:
 
         return GGUFSource(path)
     return SafetensorsSource.open(model, _download(model))
+
+
+def reason(error: BaseException) -> str:
+    """What `error` of transformers says, in short, without its advice to run code."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "trust_remote_code" in str(error):
+        return CODE
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
 
 
 def _download(repo_id: str) -> Path:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pcdvq_kernels.checkpoint import (
     INDEX_FILE,
     MOST_JSON_BYTES,
     REPORT_FILE,
+    _unique,
     open_checkpoint,
 )
 from pcdvq_kernels.errors import CheckpointError
@@ -208,6 +210,42 @@ def test_not_a_regular_file(copy: Path, file: str, make: Callable[[Path], None])
 def test_json_too_large(copy: Path) -> None:
     os.truncate(copy / INDEX_FILE, MOST_JSON_BYTES + 1)  # a hole: takes no space
     with pytest.raises(CheckpointError, match="over the limit"):
+        open_checkpoint(copy)
+
+
+def test_keys_are_compared_once_each() -> None:
+    """However many a file has, with one of them there twice."""
+
+    class Key(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Key.compared += 1
+            return str.__eq__(self, other)
+
+    pairs = [(Key(number), 0) for number in range(2000)] + [(Key(1999), 0)]
+    with pytest.raises(ValueError, match="'1999' is there twice"):
+        _unique(pairs)
+    assert Key.compared < 4000
+    assert _unique(pairs[:-1]) == dict(pairs)
+
+
+def test_nested_too_deep(copy: Path) -> None:
+    (copy / INDEX_FILE).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        open_checkpoint(copy)
+
+
+def test_file_with_holes(copy: Path) -> None:
+    """4 TiB of which next to nothing is on the disk."""
+    side = 1 << 20
+    name = "model.norm.weight"
+    entry = {"dtype": "F32", "shape": [side, side], "data_offsets": [0, 4 * side * side]}
+    header = json.dumps({name: entry}).encode()
+    (copy / SHARD).write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(copy / SHARD, 8 + len(header) + 4 * side * side)
+    with pytest.raises(CheckpointError, match=r"has 4398\d+ bytes|lacks tensor"):
         open_checkpoint(copy)
 
 

@@ -18,7 +18,7 @@ from pcdvq_quantizer.calibration.decoder import LayeredModel
 from pcdvq_quantizer.calibration.generate import generate_documents
 from pcdvq_quantizer.plan import SELF, Plan
 from pcdvq_quantizer.progress import Progress
-from pcdvq_quantizer.sources import Source
+from pcdvq_quantizer.sources import Source, reason
 
 TEXT_FIELD = "text"
 MAX_DOCUMENTS = 100_000  # of a dataset, which may be larger than memory
@@ -56,7 +56,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         except (OSError, ValueError, KeyError) as error:
             raise PCDVQError(
                 f"{source.name} has no tokenizer that transformers can load "
-                f"({str(error).strip().splitlines()[0]}); add its tokenizer files, or quantize "
+                f"({reason(error)}); add its tokenizer files, or quantize "
                 "with --calibration none"
             ) from error
 
@@ -119,7 +119,9 @@ def _dataset(name: str) -> Iterator[str]:
         ) from None
     repository, _, config = name.partition(":")
     try:
-        records = datasets.load_dataset(repository, config or None, split="train", streaming=True)
+        records = datasets.load_dataset(
+            repository, config or None, split="train", streaming=True, trust_remote_code=False
+        )
         for record in records:
             yield _field(record, name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

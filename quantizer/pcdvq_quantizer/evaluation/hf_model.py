@@ -17,6 +17,7 @@ from pcdvq_quantizer.evaluation.data import Sequence
 from pcdvq_quantizer.evaluation.files import ModelFiles
 from pcdvq_quantizer.hf.logits import CHUNK_POSITIONS, ChunkedLogits
 from pcdvq_quantizer.selection import hf_config
+from pcdvq_quantizer.sources import reason
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def load_causal_lm(files: ModelFiles, dtype: str) -> PreTrainedModel:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise PCDVQError(
-            f"transformers cannot load {files.name}: {error}. Check that the directory is whole"
+            f"transformers cannot load {files.name}: {reason(error)}. Check that the directory is "
+            "whole"
         ) from error
 
 

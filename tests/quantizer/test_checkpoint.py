@@ -17,6 +17,7 @@ from pcdvq_kernels.checkpoint import (
     REPORT_FILE,
     _unique,
     open_checkpoint,
+    open_tensors,
 )
 from pcdvq_kernels.errors import CheckpointError
 from pcdvq_quantizer.inspection import inspect_checkpoint
@@ -81,6 +82,41 @@ def test_extra_tensor(copy: Path, index: bool) -> None:
     change_tensors(copy, lambda tensors: tensors.update(other=torch.zeros(3)), index)
     with pytest.raises(CheckpointError, match=r"unexpected tensor other|all tensors take"):
         open_checkpoint(copy)
+
+
+def change_index(directory: Path, change: Callable[[dict], object]) -> None:
+    index = json.loads((directory / INDEX_FILE).read_text())
+    change(index)
+    (directory / INDEX_FILE).write_text(json.dumps(index))
+
+
+def test_total_size(copy: Path) -> None:
+    change_index(copy, lambda index: index["metadata"].update(total_size=1))
+    with pytest.raises(CheckpointError, match="all tensors take 1 bytes"):
+        open_checkpoint(copy)
+    change_index(copy, lambda index: index["metadata"].clear())
+    assert open_checkpoint(copy).layers
+    change_index(copy, lambda index: index.pop("metadata"))
+    assert open_checkpoint(copy).layers
+
+
+def header_with_two_entries(path: Path, offsets: list[int]) -> Path:
+    """A file with tensor `name` [2, 4] in its first 8 bytes, and `name` [8] at `offsets`."""
+    entries = [
+        json.dumps({"dtype": "U8", "shape": shape, "data_offsets": place})
+        for shape, place in (([2, 4], [0, 8]), ([8], offsets))
+    ]
+    header = f'{{"name": {entries[0]}, "name": {entries[1]}}}'.encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(offsets[1]))
+    return path
+
+
+def test_name_twice_in_a_header(tmp_path: Path) -> None:
+    with open_tensors(header_with_two_entries(tmp_path / "same", [0, 8])) as file:
+        assert file.get_slice("name").get_shape() == [8]
+    path = header_with_two_entries(tmp_path / "other", [8, 16])
+    with pytest.raises(CheckpointError, match="cannot be read"), open_tensors(path):
+        pass
 
 
 def test_embedding_that_is_no_layer(copy: Path) -> None:

@@ -187,6 +187,7 @@ def test_truncated_or_missing_file(copy: Path, file: str, keep: float | None) ->
         (lambda config: config["hadamard_blocks"].update({"64": 48}), "power of two"),
         (lambda config: config["hadamard_blocks"].update({"64": 128}), "divides 64"),
         (lambda config: config["hadamard_blocks"].pop("64"), "input size 64"),
+        (lambda config: config["hadamard_blocks"].update({"12": 4}), "12.* is not an input size"),
         (lambda config: config.update(max_tp=0), "max_tp"),
         (lambda config: config.pop("codebooks"), "codebooks"),
     ],

@@ -110,8 +110,10 @@ def separate_experts(model: PreTrainedModel, tensors: Iterable[str]) -> bool:
     for name, layer in list(model.named_modules()):
         if f"{name}.{naming.block}.experts" not in stored:
             continue
-        separated = True
         block: Any = layer.mlp
+        if not hasattr(block, "experts"):
+            continue  # the configuration has another kind of layer here than the tensors
+        separated = True
         block.experts = Experts.like(block.experts, naming)
         if naming.block != "mlp":
             del layer._modules["mlp"]

@@ -79,7 +79,9 @@ class GGUFSource:
         try:
             reader = BoundedReader(path)
         except NO_GGUF as error:
-            raise PCDVQError(f"{path} cannot be read as a GGUF file: {error}") from error
+            raise PCDVQError(
+                f"{path} cannot be read as a GGUF file ({error}); get it again"
+            ) from error
         architecture = check_file(reader, path.name)
         try:
             self._hf_config = AutoConfig.from_pretrained(
@@ -95,7 +97,9 @@ class GGUFSource:
         except PCDVQError:
             raise
         except UNKNOWN_MODEL as error:
-            raise PCDVQError(f"{path} cannot be read as a GGUF model: {reason(error)}") from error
+            raise PCDVQError(
+                f"{path} cannot be read as a GGUF model ({reason(error)}); get it again"
+            ) from error
         self._hf_config.architectures = [type(model).__name__]
         self._special_tokens = special_token_options(reader)
         state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -124,6 +124,11 @@ def test_any_method_checks_its_source(damaged: Callable[..., Path]) -> None:
         make_plan(str(damaged(tensors={LINEAR: None})), VPTQOptions(calibration="none"))
 
 
+def test_experts_where_the_configuration_has_none(damaged: Callable[..., Path]) -> None:
+    with pytest.raises(PCDVQError, match=r"lacks tensor model\.layers\.1\.mlp\.down_proj"):
+        make_plan(str(damaged("qwen_experts", mlp_only_layers=[1])), OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

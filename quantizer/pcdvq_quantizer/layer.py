@@ -104,10 +104,10 @@ class ErrorSum:
         return LayerError(error / max(energy, 1e-30), direction / error, output)
 
 
-def check_finite(weight: Tensor, layer: str, model: str) -> None:
-    """Raises PCDVQError if the weight of `layer` of `model` is not finite."""
-    if not weight.isfinite().all():
-        raise PCDVQError(f"{layer}.weight of {model} holds NaN or infinity")
+def check_finite(tensor: Tensor, name: str, model: str) -> None:
+    """Raises PCDVQError if tensor `name` of `model` is not finite."""
+    if not tensor.isfinite().all():
+        raise PCDVQError(f"{name} of {model} holds NaN or infinity; get the model again")
 
 
 def quantize_linear(

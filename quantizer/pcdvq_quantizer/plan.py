@@ -31,6 +31,7 @@ from pcdvq_quantizer.layer import (
     quantize_linear,
 )
 from pcdvq_quantizer.selection import Selection, select_layers
+from pcdvq_quantizer.source_check import check_source
 from pcdvq_quantizer.sources import Source, open_source
 from pcdvq_quantizer.texts import find_file, read_bytes
 
@@ -162,9 +163,14 @@ class Plan(ABC):
 
     @property
     def copied_bytes(self) -> int:
-        """Size of the tensors that stay as they are."""
+        """Size of `copied`."""
+        return sum(map(self.source.bytes, self.copied))
+
+    @property
+    def copied(self) -> list[str]:
+        """Names of the tensors that stay as they are."""
         layers = {f"{name}.weight" for name in self.selection.layers}
-        return sum(self.source.bytes(name) for name in self.source.shapes if name not in layers)
+        return [name for name in self.source.shapes if name not in layers]
 
     @property
     def distinct_codebooks(self) -> list[NamedCodebook]:
@@ -216,7 +222,7 @@ class Plan(ABC):
             PCDVQError: it is not finite.
         """
         weight = self.source.load(f"{name}.weight")
-        check_finite(weight, name, self.source.name)
+        check_finite(weight, f"{name}.weight", self.source.name)
         return weight
 
     def fingerprint(self) -> dict[str, object]:
@@ -328,20 +334,12 @@ def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
     rate = offered_rates(options.codec)[0] if options.is_mixed else options.bits
     codebook = get_codebook(options.codec, rate)
     embedding_codebook = get_embedding_codebook(options.embedding_bits, options.codec)
-    check_unquantized(source)
+    source = check_source(source)
     selection = select_layers(source, options.skip, embeddings=embedding_codebook is not None)
     codebooks = dict.fromkeys(selection.layers, codebook)
     if embedding_codebook is not None:
         codebooks |= dict.fromkeys(selection.stored_embeddings, embedding_codebook)
     return PCDVQPlan(source, options, selection, codebooks)
-
-
-def check_unquantized(source: Source) -> None:
-    """Raises PCDVQError if `source` is a quantized checkpoint."""
-    if method := source.config.get("quantization_config", {}).get("quant_method"):
-        raise PCDVQError(
-            f"{source.name} is already quantized ({method}); quantize the original model instead"
-        )
 
 
 def text_sha256(calibration: str) -> str | None:

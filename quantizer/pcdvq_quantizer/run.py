@@ -18,6 +18,7 @@ from pcdvq_quantizer.launch import launch
 from pcdvq_quantizer.layer import LayerError, QuantizedLayer
 from pcdvq_quantizer.plan import NONE, Plan, RunOptions, make_plan
 from pcdvq_quantizer.progress import Progress
+from pcdvq_quantizer.source_check import check_values
 from pcdvq_quantizer.writer import CheckpointWriter, Shard, plan_shards
 
 
@@ -87,6 +88,7 @@ def quantize_model(
     progress = progress or Progress()
     writer = CheckpointWriter(output, plan.fingerprint(), overwrite)
     with writer.open(needed_bytes=plan.output_bytes):
+        check_values(plan.source, plan.copied)  # which are read last: no work is lost
         if plan.options.calibration == NONE:
             progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
         else:

@@ -11,20 +11,33 @@ from fnmatch import fnmatchcase, translate
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pcdvq_kernels.errors import PCDVQError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.experts import experts_of, separate_experts
-from pcdvq_quantizer.sources import Source
+from pcdvq_quantizer.sources import CODE, Source, reason
 
 MIN_FEATURES = 8
 SKIPPED = "skipped by name"
 EMBEDDING, HEAD, ROUTER = "embedding", "output head", "router"
 EXPERTS = "experts of this architecture"
+# Keys of a config.json that say how many modules a model is made of.
+LAYER_COUNTS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks"),
+    *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+)
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# What transformers raises for configurations that it cannot build a model of.
+UNKNOWN_MODEL = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError),
+    *(OSError, RuntimeError, StrictDataclassError, TypeError, ValueError),
+)
 # Output heads are left in their own precision, unless asked for with the embeddings; routers are
 # tiny, and vLLM never quantizes them.
 DEFAULT_SKIP = {
@@ -104,8 +117,8 @@ def select_layers(
         PCDVQError: the architecture is unknown, a pattern matches no layer, or nothing can be
             quantized.
     """
-    architecture = ", ".join(source.config.get("architectures") or ["unknown architecture"])
-    model = _build_empty(source.config, architecture)
+    architecture = _architecture(source.config)
+    model = build_empty(source)
     separate_experts(model, source.shapes)
     modules = dict(model.named_modules())
     linears = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
@@ -196,9 +209,9 @@ def _other_kind(name: str, loaded: str, modules: dict[str, nn.Module]) -> str | 
         module = modules[holder]
     if not linear and (_EXPERTS.search(name) or "Experts" in type(module).__name__):
         return EXPERTS
-    for pattern, reason in DEFAULT_SKIP.items():
+    for pattern, kind in DEFAULT_SKIP.items():
         if fnmatchcase(loaded, pattern):
-            return reason
+            return kind
     if linear:
         return None
     if isinstance(module, nn.Embedding):
@@ -228,13 +241,56 @@ def _infinities(value: Any) -> Any:
     return [_infinities(each) for each in value] if isinstance(value, list) else value
 
 
-def _build_empty(config: dict[str, Any], architecture: str) -> PreTrainedModel:
-    """The model that `config` describes, without its weights."""
+def build_empty(source: Source) -> PreTrainedModel:
+    """The model that `source.config` describes, on the meta device.
+
+    Raises:
+        PCDVQError: transformers does not know it, or it has more layers than `source` has tensors.
+    """
+    config = source.config
+    architecture = _architecture(config)
+    if not isinstance(config.get("model_type"), str):
+        raise PCDVQError(
+            f"config.json of {source.name} has no model_type, which tells what model it is; get "
+            "the config.json that belongs to the model"
+        )
+    check_counts(source.name, config, source.shapes)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(hf_config(config))
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
+            return AutoModelForCausalLM.from_config(hf_config(config), trust_remote_code=False)
+    except UNKNOWN_MODEL as error:
+        if config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise PCDVQError(
+                f"config.json of {source.name} describes no {config['model_type']} model that can "
+                f"be built ({reason(error)}); get the config.json that belongs to the model"
+            ) from error
+        code = f" ({CODE})" if "auto_map" in config else ""
         raise PCDVQError(
-            f"{architecture} is not a causal language model that this transformers release knows "
-            f"({str(error).splitlines()[0]}); upgrade transformers or choose another model"
+            f"{architecture} (model_type {config['model_type']}) is not a causal language model "
+            f"that this transformers release knows{code}; upgrade transformers or choose another "
+            "model"
         ) from error
+
+
+def check_counts(model: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise PCDVQError if `config` has more layers or experts than fit tensors of `shapes`.
+
+    Empty models take time and memory for each.
+    """
+    stacked = [shape[0] for shape in shapes.values() if len(shape) > 2]
+    limits = dict.fromkeys(LAYER_COUNTS, len(shapes))
+    limits |= dict.fromkeys(EXPERT_COUNTS, max(len(shapes), *stacked, 0))
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key, most in limits.items():
+            count = part.get(key)
+            if isinstance(count, int) and count > most:
+                raise PCDVQError(
+                    f"config.json of {model} has {key} {count}, but the model has {len(shapes)} "
+                    "tensors; get the config.json that belongs to it"
+                )
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    named = config.get("architectures")
+    named = named if isinstance(named, list) else [named]
+    return ", ".join(filter(None, map(str, filter(None, named)))) or "unknown architecture"

@@ -18,7 +18,8 @@ from pcdvq_kernels import reference
 from pcdvq_kernels.checkpoint import open_checkpoint
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import writer
-from pcdvq_quantizer.gguf_source import GGUFSource, special_token_options
+from pcdvq_quantizer.gguf_metadata import special_token_options
+from pcdvq_quantizer.gguf_source import GGUFSource
 from pcdvq_quantizer.inspection import inspect_checkpoint
 from pcdvq_quantizer.plan import PCDVQPlan, QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model

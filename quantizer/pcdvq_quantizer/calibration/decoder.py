@@ -42,7 +42,7 @@ class LayeredModel:
         # Parameters are on the meta device; buffers such as rotary frequencies are real.
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                hf_config(source.config), dtype=torch.float32
+                hf_config(source.config), dtype=torch.float32, trust_remote_code=False
             )
         separate_experts(self.model, source.shapes)
         names = names_in_model(self.model, source.shapes)

@@ -18,7 +18,7 @@ from pcdvq_quantizer.calibration.generate import all_prompts, generate_documents
 from pcdvq_quantizer.limits import Limits
 from pcdvq_quantizer.plan import SELF, Plan
 from pcdvq_quantizer.progress import Progress
-from pcdvq_quantizer.sources import Source
+from pcdvq_quantizer.sources import Source, reason
 from pcdvq_quantizer.texts import (
     JSONL_SUFFIXES,
     find_file,
@@ -63,11 +63,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         source.copy_files(Path(scratch))
         (Path(scratch) / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
         try:
-            return AutoTokenizer.from_pretrained(scratch)
+            return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise PCDVQError(
                 f"{source.name} has no tokenizer that transformers can load "
-                f"({str(error).strip().splitlines()[0]}); add its tokenizer files, or quantize "
+                f"({reason(error)}); add its tokenizer files, or quantize "
                 "with --calibration none"
             ) from error
 
@@ -100,7 +100,9 @@ def _dataset(name: str) -> Iterator[str]:
         ) from None
     repository, _, config = name.partition(":")
     try:
-        records = datasets.load_dataset(repository, config or None, split="train", streaming=True)
+        records = datasets.load_dataset(
+            repository, config or None, split="train", streaming=True, trust_remote_code=False
+        )
         for record in records:
             yield text_field(record, name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -13,7 +13,7 @@ from pcdvq_kernels.vptq import layout as vptq
 from transformers import AutoTokenizer
 
 from pcdvq_quantizer.limits import Limits
-from pcdvq_quantizer.sources import SafetensorsSource, open_source
+from pcdvq_quantizer.sources import SafetensorsSource, open_source, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,12 +67,13 @@ class ModelFiles:
             PCDVQError: there is none that can be read.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.directory, gguf_file=self.gguf)
+            return AutoTokenizer.from_pretrained(
+                self.directory, gguf_file=self.gguf, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise PCDVQError(
-                f"{self.name} has no tokenizer that transformers can load ({reason}); copy the "
-                "tokenizer files of the original model into its directory"
+                f"{self.name} has no tokenizer that transformers can load ({reason(error)}); copy "
+                "the tokenizer files of the original model into its directory"
             ) from error
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pcdvq_kernels.checkpoint import read_json_bytes
 from pcdvq_kernels.errors import PCDVQError
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
@@ -71,7 +72,7 @@ class EvaluationReport:
             PCDVQError: it cannot be read or is something else.
         """
         try:
-            return TypeAdapter(cls).validate_json(file.read_bytes())
+            return TypeAdapter(cls).validate_json(read_json_bytes(file))
         except OSError as error:
             raise PCDVQError(
                 f"--eval: cannot read {file} ({error.strerror}); name a file of pcdvq eval --json"

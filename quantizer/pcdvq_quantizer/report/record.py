@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint, LayerInfo, open_checkpoint
+from pcdvq_kernels.checkpoint import (
+    REPORT_FILE,
+    Checkpoint,
+    LayerInfo,
+    open_checkpoint,
+    read_json_bytes,
+)
 from pcdvq_kernels.errors import CheckpointError
 from pydantic import BaseModel, ValidationError
 
@@ -110,7 +116,7 @@ def read_record(directory: Path) -> CheckpointRecord:
     checkpoint = open_checkpoint(directory)
     path = directory / REPORT_FILE
     try:
-        run = RunRecord.model_validate_json(path.read_bytes())
+        run = RunRecord.model_validate_json(read_json_bytes(path))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing, which holds the errors of all layers. Copy it from where the "

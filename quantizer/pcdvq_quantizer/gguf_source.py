@@ -52,6 +52,14 @@ class GGUFSource:
         if missing := sorted(set(state) - set(self._tensors) - tied):
             raise PCDVQError(f"{path} lacks tensor {missing[0]} ({len(missing)} in all)")
 
+    @property
+    def location(self) -> Path:
+        return self._path
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return [self._path]
+
     @cached_property
     def config(self) -> dict[str, Any]:
         return json.loads(self._hf_config.to_json_string(use_diff=True))

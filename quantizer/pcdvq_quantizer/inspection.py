@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 
-from pcdvq_kernels.checkpoint import REPORT_FILE, read_json
-from pcdvq_kernels.errors import CheckpointError
-from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
-
-
-class _Error(BaseModel):
-    weight: float
-
-
-class _Run(BaseModel):
-    """What is shown of `REPORT_FILE`."""
-
-    errors: dict[str, _Error] = {}
+from pcdvq_quantizer.layer import LayerError
+from pcdvq_quantizer.record import read_run
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,7 @@ class CheckpointSummary:
         for heading in ("shape", "codebook", "bits", "error", "KiB"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.layers:
-            error = "-" if row.relative_error is None else f"{row.relative_error:.4f}"
+            error = "-" if row.relative_error is None else figure(row.relative_error, 4)
             table.add_row(
                 row.name,
                 "x".join(map(str, row.shape)),
@@ -87,14 +77,14 @@ def inspect_checkpoint(directory: Path) -> CheckpointSummary:
         CheckpointError: it is not a whole checkpoint of PCDVQ or VPTQ.
     """
     checkpoint = open_any_checkpoint(directory)
-    errors = _recorded_errors(directory)
+    errors = read_run(directory).errors
     rows = [
         LayerRow(
             name,
             (layer.out_features, layer.in_features),
             layer.codebook,
             layer.bits_per_weight,
-            errors.get(name),
+            _known(errors.get(name)),
             layer.bytes,
         )
         for name, layer in checkpoint.layers.items()
@@ -124,16 +114,11 @@ def describe_rate(checkpoint: AnyCheckpoint) -> str:
     return text
 
 
-def _recorded_errors(directory: Path) -> dict[str, float]:
-    """Relative errors from the report, {} if the checkpoint came without one."""
-    if not (directory / REPORT_FILE).exists():
-        return {}
-    try:
-        run = _Run.model_validate(read_json(directory / REPORT_FILE))
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise CheckpointError(
-            f"{directory / REPORT_FILE} is not the record of a run ({reason}). Delete it: it tells "
-            "errors that are measured while quantizing and nothing else"
-        ) from None
-    return {name: error.weight for name, error in run.errors.items()}
+def figure(value: float, digits: int) -> str:
+    """`value` with so many decimal places, or a short form of one that nobody would read so."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _known(error: LayerError | None) -> float | None:
+    """The weight error, None if there is none, which is also how JSON can say NaN."""
+    return error.weight if error and isfinite(error.weight) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from pcdvq_kernels.hadamard import choose_block
 from pcdvq_kernels.reference import dequantize
 from torch import Tensor
 
+from pcdvq_quantizer import identity
 from pcdvq_quantizer.calibration.objectives import HESSIAN, OBJECTIVES
 from pcdvq_quantizer.calibration.objectives.base import StageObjective
 from pcdvq_quantizer.calibration.parallel import Processes
@@ -221,12 +221,10 @@ class Plan(ABC):
 
     def fingerprint(self) -> dict[str, object]:
         """Equal for runs that make the same checkpoint."""
-        model = json.dumps([self.source.config, self.source.shapes], sort_keys=True, default=str)
         return {
-            "model": self.source.name,
-            "model_sha256": _sha256(model.encode()),
-            "calibration_sha256": text_sha256(self.options.calibration),
+            **identity.fingerprint(self.source),
             **asdict(self.options),
+            "calibration": text_identity(self.options.calibration),
         }
 
 
@@ -346,14 +344,10 @@ def check_unquantized(source: Source) -> None:
         )
 
 
-def text_sha256(calibration: str) -> str | None:
-    """Digest of the file that `calibration` names, None where it names none."""
+def text_identity(calibration: str) -> str:
+    """Digest of the file that `calibration` names, else `calibration` itself."""
     path = Path(calibration).expanduser()
-    return _sha256(path.read_bytes()) if path.is_file() else None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else calibration
 
 
 def input_signs(in_features: int, seed: int) -> Tensor:

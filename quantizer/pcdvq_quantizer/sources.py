@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from pcdvq_kernels.checkpoint import INDEX_FILE, TensorInfo, open_tensors, read_
 from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
 
+from pcdvq_quantizer.contents import companions, copy_files
+
 SINGLE_FILE = "model.safetensors"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-NOT_COPIED = ("config.json", INDEX_FILE, "README.md", ".gitattributes")
 
 
 class Source(Protocol):
@@ -25,6 +24,14 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """What the user called it."""
+
+    @property
+    def location(self) -> Path:
+        """The directory or file it is read from."""
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files of its weights, in a fixed order."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -98,6 +105,14 @@ class SafetensorsSource:
             files[tensor], shapes[tensor], sizes[tensor] = file, shape, size
         return cls(name, directory, config, shapes, files, sizes)
 
+    @property
+    def location(self) -> Path:
+        return self.directory
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return [self.directory / file for file in sorted(set(self.files.values()))]
+
     def load(self, name: str) -> Tensor:
         with open_tensors(self.directory / self.files[name]) as file:
             return file.get_tensor(name)
@@ -106,11 +121,7 @@ class SafetensorsSource:
         return self.sizes[name]
 
     def copy_files(self, output: Path) -> None:
-        for path in sorted(self.directory.iterdir()):
-            if not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name in NOT_COPIED:
-                continue
-            if not path.name.endswith(".index.json"):
-                shutil.copyfile(path, output / path.name)
+        copy_files(companions(self.directory), self.directory, output)
 
 
 def _list_tensors(directory: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:

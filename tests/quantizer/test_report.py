@@ -15,6 +15,7 @@ from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import cli
 from pcdvq_quantizer.codebooks import codebooks_at_hand, get_codebook
 from pcdvq_quantizer.plan import NONE, QuantizeOptions, make_plan
+from pcdvq_quantizer.record import RunRecord
 from pcdvq_quantizer.report import write_report
 from pcdvq_quantizer.report.evaluations import read_evaluations
 from pcdvq_quantizer.report.record import read_record
@@ -241,11 +242,11 @@ def test_where_evaluations_find_bits(checkpoint: Path, tmp_path: Path) -> None:
         "reference_perplexity": 19.5, "windows": 5, "tokens": 315, "seconds": 1.0,
     }  # fmt: skip
     file = evaluation(tmp_path / "a.json", "/gone/tiny", 23.0, kl=kl)
-    found = read_evaluations([file], "org/original")
+    found = read_evaluations([file], RunRecord(model="org/original"))
     assert found
     assert [each.bits for each in found.quantized] == [open_checkpoint(other).bits_per_weight]
     assert [(each.model, each.perplexity) for each in found.references] == [("org/original", 19.5)]
-    assert read_evaluations([], "org/original") is None
+    assert read_evaluations([], RunRecord()) is None
 
 
 def test_bad_evaluations(checkpoint: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def quantize(
         else:
             checkpoint = quantize_model(plan, out, overwrite, bars)
     if finetune:
-        _finetune(out, out, tuning, overwrite=True)
+        _finetune(checkpoint.directory, checkpoint.directory, tuning, overwrite=True)
     console.print(
         f"{out}: {describe_rate(checkpoint)}. Serve it with: {serve_command(checkpoint, str(out))}",
         highlight=False,
@@ -341,6 +341,8 @@ def serve(
     from pcdvq_quantizer.plan import QuantizeOptions
     from pcdvq_quantizer.serving import checkpoint_of, vllm_command, vllm_environment
 
+    if model.startswith("-"):  # which might be the beginning of a secret
+        raise PCDVQError("MODEL comes first: pcdvq serve MODEL, then the options")
     options = QuantizeOptions(bits=bits, codec=codec.value, calibration=calibration)
     checkpoint, method = checkpoint_of(model, options, console)
     command = vllm_command(checkpoint, context.args, method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from pcdvq_kernels.errors import PCDVQError
+from safetensors import SafetensorError
 
 from pcdvq_quantizer.contents import check_replaceable
 from pcdvq_quantizer.files import SCRATCH_SUFFIX
@@ -20,6 +22,12 @@ LOCK_FILE = "lock"
 WORK_DIR = "layers"
 NEW_DIR = "checkpoint"
 OLD_DIR = "replaced"
+# What the user can do something about: space, permissions, a path through a file.
+CANNOT_WRITE = (
+    *(errno.ENOSPC, errno.EDQUOT),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG),
+    *(errno.EXDEV, errno.EBUSY),
+)
 
 
 @dataclass(frozen=True)
@@ -123,21 +131,31 @@ class Output:
         """Keep other runs out of `partial`, which is made, and put away what is of no use there.
 
         Raises:
-            PCDVQError: another run is there, or something would be lost.
+            PCDVQError: another run is there, something would be lost, or, in the block too, the
+                system lets nothing be written.
         """
-        self.check()
-        self.partial.mkdir(parents=True, exist_ok=True)
         try:
+            self.check()
+            self.partial.mkdir(parents=True, exist_ok=True)
             with FileLock(self.partial / LOCK_FILE, timeout=0):
                 self._settle()
                 self.check()  # again: OUT may be there now
                 yield
         except Timeout:
             raise PCDVQError(f"another run is writing {self.partial}; wait for it") from None
+        except (OSError, SafetensorError) as error:
+            # safetensors has no number, only the system's text.
+            full = "No space left" in str(error)
+            if not full and getattr(error, "errno", None) not in CANNOT_WRITE:
+                raise
+            raise PCDVQError(
+                f"cannot write {self.partial}: {error}. Free some space, and the same command "
+                "continues; or choose another place: OUT, for `pcdvq serve` XDG_CACHE_HOME"
+            ) from error
 
     def recover(self) -> None:
         """Put OUT back where a run was killed while it replaced it."""
-        if self._old.is_dir() and not self.path.exists():
+        if os.path.isdir(self._old) and not os.path.lexists(self.path):
             with self.locked():
                 pass
 

@@ -30,9 +30,8 @@ def redacted(arguments: Iterable[str]) -> Iterator[str]:
     hides = False
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if re.match("--[A-Za-z]|-[A-Za-z]$", argument) or (
-            not hides and re.match("-[A-Za-z]", argument)
-        ):
+        # A secret may begin with one dash, as short options do.
+        if re.match("--[A-Za-z]" if hides else "--?[A-Za-z]", argument):
             hides = _is_secret(name)
             if equals:
                 yield f"{name}={HIDDEN if hides else _shown(value)}"

@@ -46,7 +46,7 @@ def quantize_in_processes(
     check_windows(options.samples, count)
     arguments = (model, options, output, overwrite)
     launch(count, quantize_share, arguments, progress or Progress())
-    return open_any_checkpoint(output)
+    return open_any_checkpoint(Output.at(output).path)
 
 
 def quantize_share(

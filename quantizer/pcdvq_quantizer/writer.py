@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -15,7 +14,7 @@ from urllib.parse import quote
 
 from pcdvq_kernels.checkpoint import CODEBOOK_FILE, INDEX_FILE, read_json
 from pcdvq_kernels.errors import PCDVQError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
@@ -26,12 +25,6 @@ from pcdvq_quantizer.output import RUN_FILE, Output
 
 SHARD_BYTES = 1 << 30
 LONGEST_NAME = 150
-# What the user can do something about: space, permissions, a path through a file.
-CANNOT_WRITE = (
-    *(errno.ENOSPC, errno.EDQUOT),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG),
-    *(errno.EXDEV, errno.EBUSY),
-)
 
 
 @dataclass
@@ -80,30 +73,19 @@ class CheckpointWriter:
 
     @contextmanager
     def open(self, needed_bytes: int) -> Iterator[CheckpointWriter]:
-        """Lock and prepare the partial directory; turn disk errors into advice.
+        """Lock and prepare the partial directory.
 
         Raises:
             PCDVQError: something would be lost at `output`, another run holds the directory or was
                 started with other options, or the disk is or gets full.
         """
-        partial = self._output.partial
-        try:
-            with self._output.locked():
-                try:
-                    self._check_run()
-                    self._check_space(needed_bytes)
-                    yield self
-                finally:
-                    self._remove_if_useless()
-        except (OSError, SafetensorError) as error:
-            # safetensors has no number, only the system's text.
-            full = "No space left" in str(error)
-            if not full and getattr(error, "errno", None) not in CANNOT_WRITE:
-                raise
-            raise PCDVQError(
-                f"cannot write {partial}: {error}. Free some space, and the same command "
-                "continues; or choose another place: OUT, for `pcdvq serve` XDG_CACHE_HOME"
-            ) from error
+        with self._output.locked():
+            try:
+                self._check_run()
+                self._check_space(needed_bytes)
+                yield self
+            finally:
+                self._remove_if_useless()
 
     def _remove_if_useless(self) -> None:
         """Nothing made yet is nothing to resume: the next run may have other options."""

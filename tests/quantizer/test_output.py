@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -471,6 +472,35 @@ def test_scratch_files_are_not_published(place: Path, monkeypatch: pytest.Monkey
     (place / "out.partial" / "checkpoint" / ".0123.pcdvq-tmp").write_text("half")
     quantize(place / "model", place / "out")
     assert not list((place / "out").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("call", "number"), [("mkdir", errno.EROFS), ("open", errno.EACCES), ("replace", errno.EXDEV)]
+)
+def test_places_that_cannot_be_written(
+    place: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parent that is read-only, another file system: one sentence, and OUT as it was."""
+    before = contents(place / "old")
+    original = getattr(os, call)
+
+    def refuse(path: object, *arguments: object, **options: object) -> object:
+        if "old" in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path, *arguments, **options)
+
+    plan = make_plan(str(place / "model"), OTHER)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(PCDVQError, match=r"cannot write .*old\.partial.* choose another place"):
+            quantize_model(plan, place / "old", overwrite=True)
+    assert contents(place / "old") == before
+    quantize_model(plan, place / "old", overwrite=True)
+
+
+def test_name_that_is_too_long(place: Path) -> None:
+    with pytest.raises(PCDVQError, match="cannot write .*File name too long"):
+        quantize(place / "model", place / ("a" * 250))
 
 
 def test_names_of_layers_are_no_paths(place: Path) -> None:

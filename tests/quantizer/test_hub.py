@@ -196,7 +196,8 @@ def test_names_do_nothing_in_the_card(checkpoint: Path, tmp_path: Path) -> None:
     """Whatever a checkpoint, a record or a file of figures calls things, it is text."""
     out = shutil.copytree(checkpoint, tmp_path / "out")
     record = json.loads((out / REPORT_FILE).read_text())
-    plain_card = rendered((out / "README.md").read_text())
+    write_model_card(out)
+    plain_card = rendered((out / "README.md").read_text().split("\n---\n", 1)[1])
     name = EVIL.replace("/", "")  # which only the last part of a path is shown of
     options = {"calibration": EVIL, "skip": [EVIL], "seed": 0, EVIL: EVIL}
     (out / REPORT_FILE).write_text(json.dumps({**record, "model": name, "options": options}))

@@ -224,7 +224,7 @@ class Plan(ABC):
         return {
             **identity.fingerprint(self.source),
             **asdict(self.options),
-            "calibration": text_identity(self.options.calibration),
+            **text_identity(self.options.calibration),
         }
 
 
@@ -344,10 +344,13 @@ def check_unquantized(source: Source) -> None:
         )
 
 
-def text_identity(calibration: str) -> str:
-    """Digest of the file that `calibration` names, else `calibration` itself."""
+def text_identity(calibration: str) -> dict[str, str | None]:
+    """What makes two calibration texts the same: of a file, its contents."""
     path = Path(calibration).expanduser()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else calibration
+    if not path.is_file():
+        return {"calibration": calibration, "calibration_sha256": None}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"calibration": None, "calibration_sha256": digest}
 
 
 def input_signs(in_features: int, seed: int) -> Tensor:

@@ -14,7 +14,7 @@ from pcdvq_quantizer.calibration.parallel import ALONE, Processes
 from pcdvq_quantizer.calibration.run import calibrate, check_windows
 from pcdvq_quantizer.card import write_model_card
 from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
-from pcdvq_quantizer.identity import paths_of, weights_sha256
+from pcdvq_quantizer.identity import fingerprint, paths_of, weights_sha256
 from pcdvq_quantizer.launch import launch
 from pcdvq_quantizer.layer import LayerError, QuantizedLayer
 from pcdvq_quantizer.output import Output
@@ -114,7 +114,7 @@ def quantize_model(
         }
         writer.write_json(REPORT_FILE, report)
         write_model_card(writer.directory)
-        return writer.publish()
+        return writer.publish(fingerprint(source))
 
 
 def _make_shard(plan: Plan, shard: Shard, writer: CheckpointWriter, progress: Progress) -> None:

@@ -69,7 +69,7 @@ class CheckpointWriter:
 
     def __init__(self, output: Output, run: dict[str, Any]) -> None:
         self._output = output
-        self._run = json.loads(json.dumps(run))  # as it will be read back: no tuples
+        self._run = _as_json(run)
 
     @contextmanager
     def open(self, needed_bytes: int) -> Iterator[CheckpointWriter]:
@@ -99,13 +99,12 @@ class CheckpointWriter:
         path = self._output.partial / RUN_FILE
         if path.exists() and self._finished_files():
             earlier = read_json(path)
-            for key in self._run.keys() | earlier.keys():
-                if self._run.get(key) != earlier.get(key):
-                    raise PCDVQError(
-                        f"{self._output.partial} was begun with {key} = {earlier.get(key)!r}, this "
-                        f"run has {self._run.get(key)!r}; use the same model and options or delete "
-                        "that directory"
-                    )
+            for key in sorted(_differences(self._run, earlier)):
+                raise PCDVQError(
+                    f"{self._output.partial} was begun with {key} = {earlier.get(key)!r}, this "
+                    f"run has {self._run.get(key)!r}; use the same model and options or delete "
+                    "that directory"
+                )
         else:
             write_json_whole(path, self._run)
         for directory in (self.work_directory, self.directory):
@@ -182,8 +181,20 @@ class CheckpointWriter:
         """Where files are collected."""
         return self._output.new
 
-    def publish(self) -> AnyCheckpoint:
-        """Check the collected checkpoint as a reader would and move it to `output`."""
+    def publish(self, models: dict[str, Any]) -> AnyCheckpoint:
+        """Check the collected checkpoint as a reader would and move it to `output`.
+
+        Args:
+            models: what the run's description says of models, made anew.
+
+        Raises:
+            PCDVQError: one has changed meanwhile, or something would be lost.
+        """
+        if changed := sorted(_differences(self._run, self._run | _as_json(models))):
+            raise PCDVQError(
+                f"a model has changed since the run began ({changed[0]}); delete "
+                f"{self._output.partial} and start again"
+            )
         open_any_checkpoint(self.directory)
         self._output.publish()
         return open_any_checkpoint(self._output.path)
@@ -197,6 +208,15 @@ class CheckpointWriter:
         if len(file) > LONGEST_NAME:
             file = file[:LONGEST_NAME] + hashlib.sha256(name.encode()).hexdigest()
         return self.work_directory / f"{file}.safetensors"
+
+
+def _as_json(run: dict[str, Any]) -> dict[str, Any]:
+    """`run` as it will be read back: without tuples."""
+    return json.loads(json.dumps(run))
+
+
+def _differences(run: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    return {key for key in run.keys() | other.keys() if run.get(key) != other.get(key)}
 
 
 def save_codebooks(codebooks: list[NamedCodebook], directory: Path) -> None:

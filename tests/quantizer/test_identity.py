@@ -21,6 +21,7 @@ from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
 from pcdvq_quantizer.serving import cached_checkpoint
 from pcdvq_quantizer.sources import open_source
+from pcdvq_quantizer.writer import CheckpointWriter
 from safetensors.torch import load_file, save_file
 
 OPTIONS = QuantizeOptions(bits=3.0, codec="signed", calibration="none")
@@ -128,6 +129,21 @@ def test_run_does_not_go_on_with_another_model(
     with pytest.raises(PCDVQError, match=r"was begun with model_\w+ = .*; use the same model"):
         quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out")
     quantize_model(make_plan(str(original), OPTIONS), tmp_path / "out")
+
+
+def test_model_that_changes_while_it_is_quantized(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = CheckpointWriter.finish
+
+    def slow(*arguments: object) -> object:
+        retrain(model)
+        return finish(*arguments)
+
+    monkeypatch.setattr(CheckpointWriter, "finish", slow)
+    with pytest.raises(PCDVQError, match="a model has changed since the run began"):
+        quantize_model(make_plan(str(model), OPTIONS), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_reference_is_the_model_that_was_quantized(model: Path, tmp_path: Path) -> None:

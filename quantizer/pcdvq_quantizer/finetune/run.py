@@ -86,7 +86,7 @@ def finetune_checkpoint(
         report["finetune"] = _describe(options, reference, state)
         writer.write_json(REPORT_FILE, report)
         write_model_card(writer.directory)
-        writer.publish()
+        writer.publish(_models(files, reference))
     published = open_checkpoint(place.path)
     return FinetuneResult(published, state.start_kl, state.best_kl, state.step, state.diverged)
 
@@ -169,11 +169,14 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """Equal for runs that make the same checkpoint."""
     return {
-        **fingerprint(files.source),
         **asdict(options),
-        "calibration": text_identity(options.calibration),
-        "reference": fingerprint(reference.source),
+        **text_identity(options.calibration),
+        **_models(files, reference),
     }
+
+
+def _models(files: ModelFiles, reference: ModelFiles) -> dict[str, Any]:
+    return {**fingerprint(files.source), "reference": fingerprint(reference.source)}
 
 
 def _copy_checkpoint(source: Path, target: Path, tensors: dict[str, Tensor]) -> None:

@@ -127,7 +127,7 @@ def write_model_card(directory: Path, evaluations: Sequence[Path] = ()) -> None:
         figures=[row for file in evaluations for row in _figures(EvaluationReport.read(file))],
     )
     with whole_file(directory / README) as scratch:
-        scratch.write_text(card, encoding="utf-8")
+        scratch.write_text(card.rstrip() + "\n", encoding="utf-8")
 
 
 def _public(name: str) -> str:

@@ -17,6 +17,7 @@ from rich.text import Text
 from pcdvq_quantizer import cli_options
 from pcdvq_quantizer.bars import Bars, finetune_bar
 from pcdvq_quantizer.cli_options import Codec
+from pcdvq_quantizer.redaction import redacted
 
 if TYPE_CHECKING:
     from pcdvq_quantizer.finetune import FinetuneOptions
@@ -28,7 +29,7 @@ app = typer.Typer(
     help="Quantize language models to 2-4 bits per weight for vLLM (PCDVQ).",
 )
 # Without markup: what is printed has names in it that may look like some.
-console = Console(markup=False)
+console = Console(markup=False, emoji=False)
 
 
 @dataclass
@@ -113,7 +114,7 @@ def quantize(
     options = cli_options.run_options(context)
     if finetune and method != cli_options.Method.pcdvq:
         raise PCDVQError(f"--finetune is for --method pcdvq, not {method}; drop it")
-    with console.status(f"Opening {model}"):
+    with console.status(Text(f"Opening {model}")):
         plan = make_plan(model, options)
     for line in plan.selection.skipped_lines():
         console.print(f"left unquantized: {line}", highlight=False)
@@ -126,7 +127,7 @@ def quantize(
         else:
             checkpoint = quantize_model(plan, out, overwrite, bars)
     if finetune:
-        _finetune(out, out, tuning, overwrite=True)
+        _finetune(checkpoint.directory, checkpoint.directory, tuning, overwrite=True)
     console.print(
         f"{out}: {describe_checkpoint(checkpoint)} Serve it with: "
         f"{serve_command(checkpoint, str(out))}",
@@ -234,12 +235,14 @@ def evaluate_model(
     from transformers.utils import logging
 
     from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
+    from pcdvq_quantizer.evaluation.report import EvaluationReport
+    from pcdvq_quantizer.files import check_page, write_page
 
     logging.disable_progress_bar()
-    if json is not None and not json.absolute().parent.is_dir():
-        raise PCDVQError(f"--json: there is no directory {json.parent}; create it first")
     to_stdout = json == Path("-")
-    shown = Console(stderr=True, markup=False) if to_stdout else console
+    if json is not None and not to_stdout:
+        json = check_page(json, "--json", "report of pcdvq eval", EvaluationReport.is_in)
+    shown = Console(stderr=True, markup=False, emoji=False) if to_stdout else console
     options = EvaluateOptions(
         tasks=tuple(filter(None, (task.strip() for task in tasks.split(",")))),
         text=text,
@@ -259,7 +262,7 @@ def evaluate_model(
     if to_stdout:
         typer.echo(report.to_json())
     elif json is not None:
-        json.write_text(report.to_json() + "\n", encoding="utf-8")
+        write_page(json, report.to_json() + "\n", "--json")
 
 
 @app.command()
@@ -346,10 +349,12 @@ def serve(
     from pcdvq_quantizer.plan import QuantizeOptions
     from pcdvq_quantizer.serving import checkpoint_of, vllm_command, vllm_environment
 
+    if model.startswith("-"):  # which might be the beginning of a secret
+        raise PCDVQError("MODEL comes first: pcdvq serve MODEL, then the options")
     options = QuantizeOptions(bits=bits, codec=codec.value, calibration=calibration)
     checkpoint, method = checkpoint_of(model, options, console)
     command = vllm_command(checkpoint, context.args, method)
-    console.print(shlex.join(command), highlight=False, soft_wrap=True)
+    console.print(shlex.join(redacted(command)), highlight=False, soft_wrap=True)
     try:
         os.execvpe(command[0], command, vllm_environment())
     except FileNotFoundError:
@@ -384,7 +389,7 @@ def _describe(error: Exception) -> str:
     if isinstance(error, PCDVQError):
         return str(error)
     first_line = next(iter(str(error).splitlines()), "no message")
-    again = shlex.join(["pcdvq", "--debug", *sys.argv[1:]])
+    again = shlex.join(["pcdvq", "--debug", *redacted(sys.argv[1:])])
     return f"{type(error).__name__}: {first_line} (unexpected; to see where, run: {again})"
 
 

@@ -109,6 +109,14 @@ class GGUFSource:
         if missing := sorted(state.keys() - self._tensors.keys() - tied):
             raise PCDVQError(f"{path} lacks tensor {missing[0]} ({len(missing)} in all)")
 
+    @property
+    def location(self) -> Path:
+        return self._path
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return [self._path]
+
     def _take_tensors(
         self, reader: GGUFReader, names: dict[str, str], shapes: dict[str, tuple[int, ...]]
     ) -> dict[str, ReaderTensor]:

@@ -5,35 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Annotated
 
-from pcdvq_kernels.checkpoint import REPORT_FILE, read_json
-from pcdvq_kernels.errors import CheckpointError
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
+from pcdvq_quantizer.layer import LayerError
+from pcdvq_quantizer.record import RunRecord, read_run
 from pcdvq_quantizer.selection import describe_skipped
 
 MIB = 2**20
-
-
-# A record may be anybody's, and its names and reasons are shown.
-_Printable = Annotated[str, Field(pattern=r"^[ -~]{1,300}$")]
-
-
-class _Error(BaseModel):
-    weight: float
-
-
-class _Run(BaseModel):
-    """What is shown of `REPORT_FILE`."""
-
-    errors: dict[str, _Error] = {}
-    skipped: dict[_Printable, _Printable] = {}
-    original_bytes: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ class CheckpointSummary:
         for heading in ("shape", "codebook", "bits", "error", "KiB"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.layers:
-            error = "-" if row.relative_error is None else f"{row.relative_error:.4f}"
+            error = "-" if row.relative_error is None else figure(row.relative_error, 4)
             table.add_row(
                 row.name,
                 "x".join(map(str, row.shape)),
@@ -98,14 +81,14 @@ def inspect_checkpoint(directory: Path) -> CheckpointSummary:
         CheckpointError: it is not a whole checkpoint of PCDVQ or VPTQ.
     """
     checkpoint = open_any_checkpoint(directory)
-    run = _recorded_run(directory)
+    errors = read_run(directory).errors
     rows = [
         LayerRow(
             name,
             (layer.out_features, layer.in_features),
             layer.codebook,
             layer.bits_per_weight,
-            run.errors[name].weight if name in run.errors else None,
+            _known(errors.get(name)),
             layer.bytes,
         )
         for name, layer in checkpoint.layers.items()
@@ -134,7 +117,7 @@ def describe_left(checkpoint: AnyCheckpoint) -> list[str]:
         CheckpointError: as `describe_checkpoint`.
     """
     unknown = dict.fromkeys(checkpoint.modules_to_not_convert, "reason not recorded")
-    return describe_skipped(_recorded_run(checkpoint.directory).skipped or unknown)
+    return describe_skipped(read_run(checkpoint.directory).skipped or unknown)
 
 
 def describe_checkpoint(checkpoint: AnyCheckpoint) -> str:
@@ -143,7 +126,7 @@ def describe_checkpoint(checkpoint: AnyCheckpoint) -> str:
     Raises:
         CheckpointError: its record of the run is something else.
     """
-    run = _recorded_run(checkpoint.directory)
+    run = read_run(checkpoint.directory)
     left = _left_bytes(checkpoint, run)
     packed = sum(layer.bytes for layer in checkpoint.layers.values())
     dense = 2 * sum(layer.weights for layer in checkpoint.layers.values())
@@ -164,7 +147,7 @@ def describe_checkpoint(checkpoint: AnyCheckpoint) -> str:
     )
 
 
-def _left_bytes(checkpoint: AnyCheckpoint, run: _Run) -> Counter[str]:
+def _left_bytes(checkpoint: AnyCheckpoint, run: RunRecord) -> Counter[str]:
     """Bytes that are not quantized by the reason."""
     left = Counter[str]()
     tensors = checkpoint.tensors
@@ -187,15 +170,11 @@ def describe_rate(checkpoint: AnyCheckpoint) -> str:
     return text
 
 
-def _recorded_run(directory: Path) -> _Run:
-    """What the report says of the run, nothing if the checkpoint came without one."""
-    if not (directory / REPORT_FILE).exists():
-        return _Run()
-    try:
-        return _Run.model_validate(read_json(directory / REPORT_FILE))
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise CheckpointError(
-            f"{directory / REPORT_FILE} is not the record of a run ({reason}). Delete it: it tells "
-            "how the checkpoint was made and nothing else"
-        ) from None
+def figure(value: float, digits: int) -> str:
+    """`value` with so many decimal places, or a short form of one that nobody would read so."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _known(error: LayerError | None) -> float | None:
+    """The weight error, None if there is none, which is also how JSON can say NaN."""
+    return error.weight if error and isfinite(error.weight) else None

@@ -22,7 +22,7 @@ class LayerError:
     """How far a quantized layer is from the original one.
 
     Attributes:
-        weight: |W' - W|^2 / |W|^2.
+        weight: |W' - W|^2 / |W|^2; of a layer of zeros 0.0 if it still is one, else 1.0.
         direction: share of it that is due to directions: of a group w stored as q, the error
             |w - q|^2 is 2 |w| |q| (1 - cos) in direction and (|w| - |q|)^2 in magnitude.
         output: E |y' - y|^2 / E |y|^2 on the calibration text, None without calibration. Counts
@@ -100,8 +100,13 @@ class ErrorSum:
 
     def total(self, output: float | None = None) -> LayerError:
         direction, magnitude, energy = self.sums.tolist()
-        error = max(direction + magnitude, 1e-30)
-        return LayerError(error / max(energy, 1e-30), direction / error, output)
+        error = max(direction + magnitude, 0.0)
+        return LayerError(relative(error, energy), direction / error if error else 0.0, output)
+
+
+def relative(error: float, energy: float) -> float:
+    """error / energy; what is no number, the error of nothing, is 0.0 or, if there is one, 1.0."""
+    return error / energy if energy > 0 else float(error > 0)
 
 
 def check_finite(tensor: Tensor, name: str, model: str) -> None:

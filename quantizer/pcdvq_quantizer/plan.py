@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pcdvq_kernels.hadamard import choose_block
 from pcdvq_kernels.reference import dequantize
 from torch import Tensor
 
+from pcdvq_quantizer import identity
 from pcdvq_quantizer.calibration.objectives import HESSIAN, OBJECTIVES
 from pcdvq_quantizer.calibration.objectives.base import StageObjective
 from pcdvq_quantizer.calibration.parallel import Processes
@@ -227,12 +227,10 @@ class Plan(ABC):
 
     def fingerprint(self) -> dict[str, object]:
         """Equal for runs that make the same checkpoint."""
-        model = json.dumps([self.source.config, self.source.shapes], sort_keys=True, default=str)
         return {
-            "model": self.source.name,
-            "model_sha256": _sha256(model.encode()),
-            "calibration_sha256": text_sha256(self.options.calibration),
+            **identity.fingerprint(self.source),
             **asdict(self.options),
+            **text_identity(self.options.calibration),
         }
 
 
@@ -342,14 +340,13 @@ def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
     return PCDVQPlan(source, options, selection, codebooks)
 
 
-def text_sha256(calibration: str) -> str | None:
-    """Digest of the file that `calibration` names, None where it names none."""
+def text_identity(calibration: str) -> dict[str, str | None]:
+    """What makes two calibration texts the same: of a file, its contents."""
     path = find_file(calibration)
-    return None if path is None else _sha256(read_bytes(path))
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    if path is None:
+        return {"calibration": calibration, "calibration_sha256": None}
+    digest = hashlib.sha256(read_bytes(path)).hexdigest()
+    return {"calibration": None, "calibration_sha256": digest}
 
 
 def input_signs(in_features: int, seed: int) -> Tensor:

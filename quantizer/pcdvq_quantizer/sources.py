@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,8 +14,9 @@ from pcdvq_kernels.checkpoint import INDEX_FILE, TensorInfo, open_tensors, read_
 from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
 
+from pcdvq_quantizer.contents import companions, copy_files
+
 SINGLE_FILE = "model.safetensors"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 # What a directory without a model in Hugging Face's layout may hold, and what to do then.
 OTHER_CONTENTS = {
     "adapter_config.json": "holds an adapter (LoRA), not a model; merge it into its base model "
@@ -32,7 +32,6 @@ OTHER_CONTENTS = {
     "*.gguf": "holds GGUF files; name one of them",
 }
 CODE = "code that a model brings along (auto_map) is never run"
-NOT_COPIED = ("config.json", INDEX_FILE, "README.md", ".gitattributes")
 
 
 class Source(Protocol):
@@ -41,6 +40,14 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """What the user called it."""
+
+    @property
+    def location(self) -> Path:
+        """The directory or file it is read from."""
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files of its weights, in a fixed order."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -152,6 +159,14 @@ class SafetensorsSource:
     def dtypes(self) -> dict[str, str]:
         return {name: info.dtype for name, info in self.tensors.items()}
 
+    @property
+    def location(self) -> Path:
+        return self.directory
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return sorted({info.file for info in self.tensors.values()})
+
     def load(self, name: str) -> Tensor:
         with open_tensors(self.tensors[name].file) as file:
             return file.get_tensor(name)
@@ -164,11 +179,7 @@ class SafetensorsSource:
         return replace(self, tensors=kept)
 
     def copy_files(self, output: Path) -> None:
-        for path in sorted(self.directory.iterdir()):
-            if not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name in NOT_COPIED:
-                continue
-            if not path.name.endswith(".index.json"):
-                shutil.copyfile(path, output / path.name)
+        copy_files(companions(self.directory), self.directory, output)
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:

@@ -22,6 +22,7 @@ from pcdvq_quantizer.layer import (
     initial_row_scale,
     refit_row_scale,
     refit_row_scales,
+    relative,
 )
 
 # Added to the diagonal of a Hessian, as a share of its mean: see QUALITY.md.
@@ -88,7 +89,7 @@ def quantize_stage(
                 whole(pack_codes(code, spec.code_bits)),
                 whole(scale),
                 pack_signs(signs),
-                errors.total((energies[0] / energies[1].clamp_min(1e-30)).item()),
+                errors.total(relative(*energies.tolist())),
             )
         )
         dense.append(whole(block_hadamard(levels, block) * signs))

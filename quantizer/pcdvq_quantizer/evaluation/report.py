@@ -51,6 +51,8 @@ class EvaluationReport:
         weights: `packed` (PCDVQ kernels), or `dense`.
         seconds: in all, loading included.
         versions: of the packages that took part.
+        model_sha256: of the model's weights, as `identity.weights_sha256` has it; None in files of
+            before that was recorded.
     """
 
     model: str
@@ -63,6 +65,16 @@ class EvaluationReport:
     lambada: LastWord | None
     seconds: float
     versions: dict[str, str]
+    model_sha256: str | None = None
+
+    @classmethod
+    def is_in(cls, file: Path) -> bool:
+        """Whether `file` holds such a report."""
+        try:
+            cls.read(file)
+        except PCDVQError:
+            return False
+        return True
 
     @classmethod
     def read(cls, file: Path) -> EvaluationReport:

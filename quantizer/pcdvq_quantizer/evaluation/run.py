@@ -27,6 +27,7 @@ from pcdvq_quantizer.evaluation.scores import (
     standard_error,
 )
 from pcdvq_quantizer.evaluation.vllm_model import VLLMModel
+from pcdvq_quantizer.identity import weights_sha256
 from pcdvq_quantizer.progress import Progress
 
 Score = TypeVar("Score")
@@ -75,6 +76,7 @@ def evaluate(
             lambada=words,
             seconds=round(time.monotonic() - started, 2),
             versions=installed_versions(),
+            model_sha256=weights_sha256(job.files.source),
         )
 
 
@@ -203,6 +205,7 @@ def _measure_windows(
         windows=len(pairs),
         tokens=tokens,
         seconds=seconds,
+        reference_sha256=weights_sha256(job.reference.source) if job.reference else None,
     )
     if "perplexity" not in job.options.tasks:
         return None, kl

@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from pcdvq_kernels.config import QUANT_METHOD
 from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.row_orders import reordered
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -71,14 +73,18 @@ def describe_skipped(skipped: dict[str, str]) -> list[str]:
 
 
 def select_layers(
-    source: Source, skip: tuple[str, ...] = DEFAULT_SKIP, embeddings: bool = False
+    source: Source,
+    skip: tuple[str, ...] = DEFAULT_SKIP,
+    embeddings: bool = False,
+    method: str = QUANT_METHOD,
 ) -> Selection:
-    """Find the linear layers of `source` that the format can hold.
+    """Find the linear layers of `source` that the format can hold and vLLM serve.
 
     Args:
         source: the model.
         skip: patterns of layer names to leave as they are.
         embeddings: whether input embedding and output head are quantized too, skipped or not.
+        method: `quant_method` of the checkpoint.
 
     Raises:
         PCDVQError: the architecture is unknown, or nothing of it can be quantized.
@@ -102,6 +108,8 @@ def select_layers(
             skipped[name] = (
                 f"shape {list(shape)}: input size must be a multiple of 8, both sizes >= 8"
             )
+        elif reason := reordered(source.config, name, method):
+            skipped[name] = reason
         else:
             layers.append(name)
     # Experts are served as one layer.

@@ -43,7 +43,7 @@ class VPTQOptions(LayoutOptions, RunOptions):
             PCDVQError: it is quantized already, has experts, or a layer cannot have such a layout.
         """
         check_unquantized(source)
-        selection = select_layers(source, DEFAULT_SKIP + self.skip)
+        selection = select_layers(source, DEFAULT_SKIP + self.skip, method=self.method)
         if experts := next(filter(experts_of, selection.layers), None):
             raise PCDVQError(
                 f"{experts} is part of a mixture of experts, which VPTQ checkpoints are not served "

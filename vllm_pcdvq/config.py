@@ -124,9 +124,11 @@ class PCDVQConfig(QuantizationConfig):
         Raises:
             CheckpointError: the checkpoint cannot be served.
         """
-        from vllm_pcdvq.row_order import check_row_orders
+        # Imported here because `register` must stay light.
+        from vllm_pcdvq.row_order import check_classifier, check_row_orders
 
         check_row_orders(QUANT_METHOD, hf_config, self.checkpoint.layers, LEAVES)
+        check_classifier(hf_config, self.checkpoint.head or self.checkpoint.embedding)
         self.codebooks = CodebookStore(read_codebooks(model_name, revision, self.checkpoint))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:

@@ -45,6 +45,24 @@ def check_row_orders(
             )
 
 
+def check_classifier(hf_config: PreTrainedConfig | None, head: str | None) -> None:
+    """Check that vLLM is not to make a classifier from rows of an output head that are codes.
+
+    Args:
+        hf_config: the model's configuration.
+        head: name of the quantized output head, or of the embedding that it is tied to, if any.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    configs = [hf_config, hf_config.get_text_config()] if hf_config is not None else []
+    if head is not None and any(getattr(each, "classifier_from_token", None) for each in configs):
+        raise CheckpointError(
+            f"{head} is quantized, and classifier_from_token asks vLLM for a classifier made from "
+            "its dense rows. Quantize again with --embedding-bits 16."
+        )
+
+
 def check_mixer(layer: LinearBase, name: str) -> None:
     """Check that vLLM splits the layer by rows as it would a dense one.
 

@@ -122,6 +122,7 @@ class VPTQConfig(QuantizationConfig):
         Raises:
             CheckpointError: vLLM reorders the rows of a quantized layer.
         """
+        # Imported here because `register` must stay light.
         from vllm_pcdvq.row_order import check_row_orders
 
         check_row_orders(QUANT_METHOD, hf_config, [*self.layers, *self.shared], OTHER)

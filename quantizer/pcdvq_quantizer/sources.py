@@ -15,6 +15,7 @@ from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
+MISTRAL_FILES = "consolidated*.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 NOT_COPIED = ("config.json", INDEX_FILE, "README.md", ".gitattributes")
 
@@ -92,6 +93,7 @@ class SafetensorsSource:
 
     @classmethod
     def open(cls, name: str, directory: Path) -> SafetensorsSource:
+        _check_format(directory)
         config = read_json(directory / "config.json")
         files, shapes, sizes = {}, {}, {}
         for tensor, file, shape, size in _list_tensors(directory):
@@ -111,6 +113,16 @@ class SafetensorsSource:
                 continue
             if not path.name.endswith(".index.json"):
                 shutil.copyfile(path, output / path.name)
+
+
+def _check_format(directory: Path) -> None:
+    """Raise PCDVQError if the model is there in Mistral's own format only."""
+    ours = any((directory / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
+    if not ours and (theirs := next(directory.glob(MISTRAL_FILES), None)):
+        raise PCDVQError(
+            f"{theirs} is in Mistral's own format, which has the rows of q and k in another order; "
+            f"take the model in Hugging Face's format (config.json and {SINGLE_FILE} or several)"
+        )
 
 
 def _list_tensors(directory: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:

@@ -23,6 +23,7 @@ from pcdvq_quantizer.gguf_source import GGUFSource, special_token_options
 from pcdvq_quantizer.inspection import inspect_checkpoint
 from pcdvq_quantizer.plan import PCDVQPlan, QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
+from pcdvq_quantizer.vptq.plan import VPTQOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -268,6 +269,17 @@ def test_layers_skipped_by_name(model: Path, tmp_path: Path) -> None:
     assert "model.layers.1.mlp.down_proj" in checkpoint.config.modules_to_not_convert
 
 
+def test_layers_that_vllm_reorders_are_left(tmp_path: Path) -> None:
+    config = tiny_config("bloom", n_layer=2, n_head=4, tie_word_embeddings=True)
+    model = str(save_model(tmp_path / "bloom", config))
+    for options in (OPTIONS, VPTQOptions(bits=3.0, calibration="none")):
+        plan = make_plan(model, options)
+        assert len(plan.selection.layers) == 2 * 3
+        line = "vLLM's BloomForCausalLM reorders its rows while it loads dense weights"
+        assert any(line in each for each in plan.selection.skipped_lines())
+        assert "transformer.h.0.self_attention.query_key_value" in plan.selection.left
+
+
 def test_experts_are_quantized_all_or_none(tmp_path: Path) -> None:
     config = tiny_config(
         "qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16
@@ -324,7 +336,10 @@ def test_models_that_cannot_be_quantized(tmp_path: Path) -> None:
         make_plan(with_config(), QuantizeOptions(max_tp=0))
     with pytest.raises(PCDVQError, match="neither a local directory"):
         make_plan(str(tmp_path / "missing"), OPTIONS)
-    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    (source / "model.safetensors").rename(source / "consolidated.safetensors")
+    with pytest.raises(PCDVQError, match=r"Mistral's own format.*Hugging Face's format"):
+        make_plan(str(source), OPTIONS)
+    (source / "consolidated.safetensors").rename(source / "pytorch_model.bin")
     with pytest.raises(PCDVQError, match="pickled"):
         make_plan(str(source), OPTIONS)
     (source / "model.safetensors").write_bytes(b"garbage")

@@ -26,9 +26,9 @@ def find_transforms() -> dict[str, str]:
     found = {}
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if NOT_SERVED.isdisjoint(path.parts) and (text := _describe(path)):
-                place = path.relative_to(ROOT).with_suffix("").as_posix()
-                place = place.removeprefix("model_executor/").removeprefix("models/")
+            inside = path.relative_to(ROOT).with_suffix("")
+            if NOT_SERVED.isdisjoint(inside.parts) and (text := _describe(path)):
+                place = inside.as_posix().removeprefix("model_executor/").removeprefix("models/")
                 found[place] = hashlib.sha256(text.encode()).hexdigest()[:6]
     return found
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from pcdvq_kernels.config import QUANT_METHOD
 from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.row_orders import reordered
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -103,15 +105,19 @@ def _kind(name: str) -> str:
 
 
 def select_layers(
-    source: Source, skip: tuple[str, ...] = (), embeddings: bool = False
+    source: Source,
+    skip: tuple[str, ...] = (),
+    embeddings: bool = False,
+    method: str = QUANT_METHOD,
 ) -> Selection:
-    """Find the linear layers of `source` that the format can hold.
+    """Find the linear layers of `source` that the format can hold and vLLM serve.
 
     Args:
         source: the model.
         skip: patterns of layer names to leave as they are, beside `DEFAULT_SKIP`: of fnmatch, or
             after `re:` regular expressions that match from the beginning of a name.
         embeddings: whether input embedding and output head are quantized too.
+        method: `quant_method` of the checkpoint.
 
     Raises:
         PCDVQError: the architecture is unknown, a pattern matches no layer, or nothing can be
@@ -138,6 +144,7 @@ def select_layers(
             loaded = renamed[tensor].removesuffix(".weight")
             reason = None if name in roles else _other_kind(name, loaded, modules)
             reason = reason or _unsuitable(source.shapes[tensor])
+            reason = reason or reordered(source.config, name, method)
         if reason:
             skipped[name] = reason
         else:

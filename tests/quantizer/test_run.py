@@ -22,6 +22,7 @@ from pcdvq_quantizer.gguf_source import GGUFSource
 from pcdvq_quantizer.inspection import inspect_checkpoint
 from pcdvq_quantizer.plan import PCDVQPlan, QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
+from pcdvq_quantizer.vptq.plan import VPTQOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -247,6 +248,17 @@ def test_existing_output_is_kept(model: Path, tmp_path: Path) -> None:
     assert (out / "precious").exists()
 
 
+def test_layers_that_vllm_reorders_are_left(tmp_path: Path) -> None:
+    config = tiny_config("bloom", n_layer=2, n_head=4, tie_word_embeddings=True)
+    model = str(save_model(tmp_path / "bloom", config))
+    for options in (OPTIONS, VPTQOptions(bits=3.0, calibration="none")):
+        plan = make_plan(model, options)
+        assert len(plan.selection.layers) == 2 * 3
+        line = "vLLM's BloomForCausalLM reorders its rows while it loads dense weights"
+        assert any(line in each for each in plan.selection.skipped_lines())
+        assert "transformer.h.0.self_attention.query_key_value" in plan.selection.left
+
+
 def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A repository that is in the hub's cache needs no network."""
     repository = tmp_path / "hub" / "models--org--tiny"
@@ -287,7 +299,10 @@ def test_models_that_cannot_be_quantized(tmp_path: Path) -> None:
         make_plan(with_config(), QuantizeOptions(max_tp=0))
     with pytest.raises(PCDVQError, match="neither a local directory"):
         make_plan(str(tmp_path / "missing"), OPTIONS)
-    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    (source / "model.safetensors").rename(source / "consolidated.safetensors")
+    with pytest.raises(PCDVQError, match=r"Mistral's own format.*Hugging Face's format"):
+        make_plan(str(source), OPTIONS)
+    (source / "consolidated.safetensors").rename(source / "pytorch_model.bin")
     with pytest.raises(PCDVQError, match="pickled"):
         make_plan(str(source), OPTIONS)
     (source / "model.safetensors").write_bytes(b"garbage")

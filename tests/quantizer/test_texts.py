@@ -11,7 +11,7 @@ from models import save_model, tiny_config
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.calibration.text import read_documents
 from pcdvq_quantizer.evaluation.data import read_last_words, read_windows
-from pcdvq_quantizer.plan import text_sha256
+from pcdvq_quantizer.plan import text_identity
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 PLAIN = "one two\nthree\n\nfour five six\n"
@@ -105,6 +105,6 @@ def test_files_that_cannot_be_read(tokenizer: PreTrainedTokenizerBase, tmp_path:
     with pytest.raises(PCDVQError, match="cannot be read: Is a directory"):
         read_windows(tmp_path, tokenizer, 8, 1, bos=False)
     for name in ("x" * 5000, "~no-such-user/text"):
-        assert text_sha256(name) is None
+        assert text_identity(name)["calibration_sha256"] is None
         with pytest.raises(PCDVQError, match=r"is not a file|neither a file"):
             read_documents(name)

@@ -44,7 +44,7 @@ class VPTQOptions(LayoutOptions, RunOptions):
             PCDVQError: as `check_source`; it has experts, or a layer cannot have such a layout.
         """
         source = check_source(source)
-        selection = select_layers(source, self.skip)
+        selection = select_layers(source, self.skip, method=self.method)
         if experts := next(filter(experts_of, selection.layers), None):
             raise PCDVQError(
                 f"{experts} is part of a mixture of experts, which VPTQ checkpoints are not served "

@@ -74,7 +74,13 @@ def measure_here(model: str) -> Load:
             measured.append(Load(model, size, seconds, added, (peak_bytes() - before) / GIB))
 
     BaseModelLoader.load_model = timed
-    LLM(model, enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=KV_CACHE_BYTES)
+    LLM(
+        model,
+        trust_remote_code=False,
+        enforce_eager=True,
+        max_model_len=128,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+    )
     return measured[0]
 
 

@@ -112,7 +112,8 @@ def check_likelihood(server: Server, served: Served) -> None:
     ).raise_for_status()
     tokens = answer.json()["choices"][0]["prompt_logprobs"][1:]
     ours = -sum(next(iter(token.values()))["logprob"] for token in tokens) / len(tokens)
-    ids = AutoTokenizer.from_pretrained(served.directory)(PASSAGE, return_tensors="pt").input_ids
+    tokenizer = AutoTokenizer.from_pretrained(served.directory, trust_remote_code=False)
+    ids = tokenizer(PASSAGE, return_tensors="pt").input_ids
     theirs, in_bfloat = (
         _transformers_nats(served.directory, ids, dtype)
         for dtype in (torch.float32, torch.bfloat16)
@@ -124,7 +125,7 @@ def check_likelihood(server: Server, served: Served) -> None:
 @torch.no_grad()
 def _transformers_nats(directory: Path, ids: torch.Tensor, dtype: torch.dtype) -> float:
     """Nats a token of `ids`, int64 [1, T]."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
     return model(ids, labels=ids).loss.item()
 
 

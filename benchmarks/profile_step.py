@@ -39,6 +39,7 @@ def main(
     llm = LLM(
         str(served.directory),
         load_format="dummy",
+        trust_remote_code=False,
         enforce_eager=True,
         max_model_len=256,
         kv_cache_memory_bytes=1 << 28,

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pcdvq_kernels.checkpoint import TensorInfo
 from pcdvq_quantizer.plan import NONE, QuantizeOptions, plan_source
 from pcdvq_quantizer.sources import SafetensorsSource
 from pcdvq_quantizer.writer import save_codebooks
 from smollm2 import load_smollm2, save_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 SHAPES = {
     "llama-1b": LlamaConfig(
@@ -147,8 +148,13 @@ def _write_shape(base: Path, out: Path, system: System) -> None:
 def _write_codebooks(base: Path, out: Path, system: System) -> dict[str, Any]:
     """Write the codebook file of `system` and return its `quantization_config`."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(base))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(base, trust_remote_code=False), trust_remote_code=False
+        )
+    tensors = {
+        name: TensorInfo(base, "BF16", tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+    }
     config = json.loads((base / "config.json").read_text())
     options = QuantizeOptions(
         bits=system.bits,
@@ -156,6 +162,6 @@ def _write_codebooks(base: Path, out: Path, system: System) -> dict[str, Any]:
         embedding_bits=system.embedding_bits,
         calibration=NONE,
     )
-    plan = plan_source(SafetensorsSource(base.name, base, config, shapes, {}, {}), options)
+    plan = plan_source(SafetensorsSource(base.name, base, config, tensors), options)
     save_codebooks(plan.distinct_codebooks, out)
     return plan.config.model_dump(exclude_none=True)

@@ -14,11 +14,18 @@ def load_smollm2(dtype: torch.dtype) -> PreTrainedModel:
     gguf = smollm2_gguf()
     config = GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=config, dtype=dtype
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=config,
+        dtype=dtype,
+        trust_remote_code=False,
     )
 
 
 def save_tokenizer(directory: Path) -> None:
     """Write the tokenizer into a model's directory."""
     gguf = smollm2_gguf()
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
+    tokenizer.save_pretrained(directory)

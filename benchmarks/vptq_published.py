@@ -91,7 +91,9 @@ def main(
 ) -> None:
     """Compare both on these layers; on three of them for about 20 minutes."""
     gguf = smollm2_gguf()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     tokens = tokenizer(calibration.read_text(), add_special_tokens=False).input_ids
     cuts = torch.tensor(tokens[: samples * WINDOW]).view(samples, WINDOW)
     models = {which: load_smollm2(torch.float32) for which in ("here", "published")}

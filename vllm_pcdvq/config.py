@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # Key of vLLM's --additional-config.
 ACTIVATIONS_OPTION = "pcdvq_activations"
 
+LEAVES = "Quantize again: `pcdvq quantize` leaves such layers as they are."
+
 # vLLM's Qwen3-MoE says this of its dense layers only after it has asked for our config.
 PACKED_ANYWAY = {"gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -122,6 +124,11 @@ class PCDVQConfig(QuantizationConfig):
         Raises:
             CheckpointError: the checkpoint cannot be served.
         """
+        # Imported here because `register` must stay light.
+        from vllm_pcdvq.row_order import check_classifier, check_row_orders
+
+        check_row_orders(QUANT_METHOD, hf_config, self.checkpoint.layers, LEAVES)
+        check_classifier(hf_config, self.checkpoint.head or self.checkpoint.embedding)
         self.codebooks = CodebookStore(read_codebooks(model_name, revision, self.checkpoint))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:

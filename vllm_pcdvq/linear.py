@@ -30,6 +30,7 @@ from vllm.model_executor.parameter import (
 )
 
 from vllm_pcdvq.loading import DTYPES, LayerLoad, PackedLayer
+from vllm_pcdvq.row_order import check_mixer, in_order, output_order, set_order
 
 if TYPE_CHECKING:
     from vllm_pcdvq.config import PCDVQConfig
@@ -50,6 +51,8 @@ class PCDVQLinearMethod(LinearMethodBase):
         row_scale  float32 [N]
         signs_in   uint8 [K / 8]
         codewords  int8, shared by all layers; see `pcdvq_kernels.ops`
+
+    The buffer `output_order` is int64 [N] where vLLM's model has the rows in another order.
     """
 
     kind = "linear layers"  # for the log
@@ -80,12 +83,14 @@ class PCDVQLinearMethod(LinearMethodBase):
         self.block = self.config.checkpoint.block(input_size)
         check_split(self.prefix, self.spec, self.block, input_size, input_size_per_partition)
         check_rows(self.prefix, self.spec, output_partition_sizes, output_size)
+        check_mixer(layer, self.prefix)
         self.params_dtype = params_dtype
         rows, slots = sum(output_partition_sizes), len(output_partition_sizes)
         vllm_config = get_current_vllm_config_or_none()
         activations = self.config.activations(vllm_config)
         self.layout = Layout(self.block, self.spec, activations)
         self.layout_ints = self.layout.to_ints()
+        self.order = output_order(layer, self.prefix, vllm_config)
         model = vllm_config and vllm_config.model_config
         self.config.add_layer(self.kind, self.codebook, rows * input_size_per_partition, model)
 
@@ -139,6 +144,7 @@ class PCDVQLinearMethod(LinearMethodBase):
             layer.register_parameter(name, Parameter(data.data, requires_grad=False))
         codewords = codebooks.codewords(self.codebook, device)
         layer.register_buffer("codewords", codewords, persistent=False)
+        set_order(layer, self.order, device)
         self.config.startup.add_ready(layer, time.monotonic() - started, kernels_for(device))
 
     def prepack(self, qweight: Tensor, codewords: Tensor, in_features: int) -> Tensor:
@@ -167,7 +173,7 @@ class PCDVQLinearMethod(LinearMethodBase):
 
     def apply(self, layer: PackedLayer, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [..., N] in x's dtype, from x [..., K]."""
-        return torch.ops.pcdvq.linear(
+        y = torch.ops.pcdvq.linear(
             x,
             layer.qweight,
             layer.row_scale,
@@ -176,6 +182,7 @@ class PCDVQLinearMethod(LinearMethodBase):
             bias,
             self.layout_ints,
         )
+        return in_order(layer, y, -1)
 
     def dequantize_weight(self, layer: PackedLayer) -> Tensor:
         """The dense weight [N, K] in the model's dtype; vLLM requantizes from it online."""
@@ -186,7 +193,7 @@ class PCDVQLinearMethod(LinearMethodBase):
         if qweight.dim() == 3:
             qweight = unpack(qweight, self.layout_ints, len(row_scale), 8 * len(signs_in))
         dense = reference.dequantize(qweight, row_scale, signs_in, codebook, self.block)
-        return dense.to(self.params_dtype)
+        return in_order(layer, dense.to(self.params_dtype), 0)
 
 
 @register_weight_loader_v2_supported_method

@@ -16,6 +16,7 @@ from vllm_pcdvq.config import PACKED_ANYWAY
 from vllm_pcdvq.startup import Startup
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
     from vllm.model_executor.models.utils import WeightsMapper
 
 OTHER = "Choose another checkpoint of this model."
@@ -109,6 +110,22 @@ class VPTQConfig(QuantizationConfig):
         if not isinstance(left, list) or not all(isinstance(name, str) for name in left):
             raise CheckpointError(f"modules_to_not_convert must be a list of names. {OTHER}")
         return cls(layers, shared, left)
+
+    def maybe_update_config(
+        self,
+        model_name: str,
+        hf_config: PreTrainedConfig | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Look at the model's configuration, which vLLM has in the API server.
+
+        Raises:
+            CheckpointError: vLLM reorders the rows of a quantized layer.
+        """
+        # Imported here because `register` must stay light.
+        from vllm_pcdvq.row_order import check_row_orders
+
+        check_row_orders(QUANT_METHOD, hf_config, [*self.layers, *self.shared], OTHER)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename all modules as the model does; each distinct mapper is applied once."""

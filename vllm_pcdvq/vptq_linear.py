@@ -27,6 +27,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_pcdvq.config import activations_option
 from vllm_pcdvq.loading import BIAS, LayerLoad, ShardId
+from vllm_pcdvq.row_order import check_mixer, in_order, output_order, set_order
 
 if TYPE_CHECKING:
     from vllm_pcdvq.vptq import VPTQConfig
@@ -156,6 +157,8 @@ class VPTQLinearMethod(LinearMethodBase):
                 layout that is not served.
             PCDVQError: a layer that cannot be split among tensor-parallel ranks.
         """
+        check_mixer(layer, self.prefix)
+        self.order = output_order(layer, self.prefix, get_current_vllm_config_or_none())
         first = layer.tp_rank * input_size_per_partition
         columns = range(
             *(
@@ -226,6 +229,7 @@ class VPTQLinearMethod(LinearMethodBase):
         layer.parts = ModuleList(VPTQPart(part) for source in sources for part in source.parts)
         for source in sources:
             source.parts = []
+        set_order(layer, self.order, device)
         self.config.startup.add_ready(layer, time.monotonic() - started, kernels_for(device))
 
     def _check_bias(self, layer: LinearBase, bias: Tensor) -> None:
@@ -241,7 +245,8 @@ class VPTQLinearMethod(LinearMethodBase):
         sizes = [part.layout[0] for part in layer.parts]
         biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         outputs = [part(x, b) for part, b in zip(layer.parts, biases, strict=True)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return in_order(layer, y, -1)
 
 
 def load_tensor(

@@ -322,6 +322,7 @@ def check_chains(x: Tensor, row_weight: Tensor, code_bits: int, chain_rows: int)
     fits = x.dim() == 2 and not x.shape[0] % chain_rows and not x.shape[1] % columns
     if x.dtype != torch.float32 or not fits:
         raise PCDVQError(
-            f"x is {_describe(x)}; expected fp32 [N, K], N a multiple of {chain_rows}, K of {columns}"
+            f"x is {_describe(x)}; expected fp32 [N, K], N a multiple of {chain_rows}, "
+            f"K of {columns}"
         )
     expect("row_weight", row_weight, torch.float32, x.shape[:1], x.device)

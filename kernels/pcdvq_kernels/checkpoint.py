@@ -30,8 +30,8 @@ DTYPE_BYTES = {
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
 }
 REMEDY = "The checkpoint is damaged or incomplete: copy it again or quantize again."
-# A model of 100,000 layers stays below it.
-MOST_JSON_BYTES = 1 << 28
+# The largest files, indices of models with 100,000 tensors, have a tenth of it.
+MOST_JSON_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     _check_file(path)
     try:
-        if (size := path.stat().st_size) > MOST_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} has {size} bytes, over the limit of {MOST_JSON_BYTES}. {REMEDY}"
-            )
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        value = json.loads(read_json_bytes(path).decode(), object_pairs_hook=_unique)
     except CheckpointError:
         raise
     except OSError as error:
@@ -175,13 +171,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_bytes(path: Path) -> bytes:
+    """Read a JSON file without parsing it.
+
+    Raises:
+        CheckpointError: it is too large, or no regular file.
+        OSError: it is missing or cannot be read.
+    """
+    size = path.stat().st_size
+    _check_file(path)
+    if size > MOST_JSON_BYTES:
+        raise CheckpointError(
+            f"{path} has {size} bytes, over the limit of {MOST_JSON_BYTES}. {REMEDY}"
+        )
+    return path.read_bytes()
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of a JSON file: readers differ in which of two equal keys they take."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f"the key {key!r} is there twice")
+        value[key] = item
     return value
 
 
@@ -190,8 +202,8 @@ def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file, as safetensors' `safe_open` for torch does.
 
     Raises:
-        CheckpointError: the file is missing, not a safetensors file, or a tensor that is asked for
-            has a dtype that torch does not know.
+        CheckpointError: the file is missing, not a safetensors file, larger than memory, or a
+            tensor that is asked for has a dtype that torch does not know.
     """
     _check_file(path)
     try:
@@ -199,6 +211,12 @@ def open_tensors(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}). {REMEDY}") from None
+    except (MemoryError, RuntimeError) as error:
+        # The size of a file that has holes says nothing of what was written to it.
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size} bytes, which this machine cannot read ({error}). If "
+            f"it should be smaller: {REMEDY[0].lower()}{REMEDY[1:]}"
+        ) from None
 
 
 def _check_file(path: Path) -> None:
@@ -209,11 +227,11 @@ def _check_file(path: Path) -> None:
 
 
 def read_quantization_config(directory: Path) -> dict[str, Any]:
-    """The `quantization_config` object of `directory`/config.json, {} if it has none."""
-    value = read_json(directory / "config.json").get("quantization_config", {})
-    if not isinstance(value, dict):
+    """The `quantization_config` object of `directory`/config.json, {} if it has none or null."""
+    value = read_json(directory / "config.json").get("quantization_config")
+    if not isinstance(value, dict | None):
         raise CheckpointError(f"{directory}/config.json: quantization_config is not an object")
-    return value
+    return value or {}
 
 
 def load_codebooks(path: Path, config: PCDVQCheckpointConfig) -> dict[str, Codebook]:

@@ -110,6 +110,11 @@ class CodebookSpec(BaseModel):
         return self.chain_rows or 1
 
     @property
+    def direction_length(self) -> int:
+        """Weights of a row that share a magnitude; 0: all, those of codec trellis their scale."""
+        return 0 if self.chain_rows else self.vector_dim
+
+    @property
     def strip_columns(self) -> int:
         """Columns of which codes are chosen together."""
         return trellis.strip_columns(self.chain_rows) if self.chain_rows else self.vector_dim
@@ -152,8 +157,10 @@ class PCDVQCheckpointConfig(BaseModel):
             if name not in self.layers:
                 raise ValueError(f"embedding or head {name} is not among the layers")
         for in_features, block in self.hadamard_blocks.items():
-            if not in_features.isdecimal() or int(in_features) < 8:
-                raise ValueError(f"hadamard_blocks: {in_features!r} is not an input size")
+            if not in_features.isdecimal() or not int(in_features) or int(in_features) % 8:
+                raise ValueError(
+                    f"hadamard_blocks: {in_features!r} is not an input size, a multiple of 8"
+                )
             if block < 1 or block & (block - 1) or int(in_features) % block:
                 raise ValueError(
                     f"hadamard_blocks: {block} is not a power of two that divides {in_features}"

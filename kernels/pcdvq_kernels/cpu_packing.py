@@ -34,7 +34,9 @@ def unpack(packed: Tensor, layout: Sequence[int], rows: int, in_features: int) -
     # A group has the codes of 16 rows, the last one lowest, of two pairs of columns.
     if shape.layout.chain_rows == BLOCK_ROWS:
         groups = packed.view(-1, blocks, QUADS // 2, TILE_BLOCKS, 2, 2, 2 * bits)
-        groups = groups.transpose(3, 4).flatten(2, 3)  # [tiles, blocks, quads, strips, pairs, bytes]
+        groups = groups.transpose(3, 4).flatten(
+            2, 3
+        )  # [tiles, blocks, quads, strips, pairs, bytes]
     else:
         groups = packed.view(-1, blocks, QUADS, TILE_BLOCKS, 2, 2 * bits).flip(3)
     codes = unpack_codes(groups.flatten(0, 4), bits, BLOCK_ROWS).flip(1)

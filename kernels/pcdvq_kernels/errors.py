@@ -11,16 +11,21 @@ class PCDVQError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_printable(message))
+        super().__init__(printable(_short(message)))
 
 
 class CheckpointError(PCDVQError):
     """A checkpoint that cannot be served."""
 
 
-def _printable(text: str) -> str:
+def _short(text: str) -> str:
     if len(text) > MOST_CHARACTERS:
         half = MOST_CHARACTERS // 2
         text = f"{text[:half]} ... {text[-half:]}"
+    return text
+
+
+def printable(text: str) -> str:
+    """`text` in one line, with escapes for what a terminal would obey or could not encode."""
     text = " ".join(text.splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

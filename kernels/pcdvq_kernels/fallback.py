@@ -109,7 +109,7 @@ def moe(
 def _decode_rows(
     rows: Tensor, qweight: Tensor, codewords: Tensor, layout: LayoutFields, in_features: int
 ) -> Tensor:
-    """Levels of single rows (int64 [n]), fp32 [n, K]; of chains their other rows are decoded too."""
+    """Levels of single rows (int64 [n]), fp32 [n, K]; chains are decoded whole."""
     if not layout.chain_rows:
         return decode_levels(qweight[rows], codewords, layout, in_features)
     segment, row = rows // layout.chain_rows, rows % layout.chain_rows
@@ -156,7 +156,9 @@ def chain_codes(x: Tensor, row_weight: Tensor, code_bits: int, chain_rows: int) 
     steps = _by_chain(x, levels.shape[1], chain_rows)
     weight = row_weight.view(-1, 1).expand(-1, x.shape[1])
     weight = _by_chain(weight, levels.shape[1], chain_rows)[..., 0]
-    widths = [code_bits] if code_bits < trellis.SINGLES_FROM else [-(-code_bits // 2), code_bits // 2]
+    widths = (
+        [code_bits] if code_bits < trellis.SINGLES_FROM else [-(-code_bits // 2), code_bits // 2]
+    )
     search = _RingSearch(levels, widths)
     chosen = torch.cat(
         [
@@ -184,7 +186,10 @@ class _RingSearch:
     """Viterbi search over all windows, for chains whose bits form a ring."""
 
     def __init__(self, levels: Tensor, widths: list[int]) -> None:
-        self._levels, self._widths = levels, widths  # [2^16, width of a step], bits of steps in turn
+        self._levels, self._widths = (
+            levels,
+            widths,
+        )  # [2^16, width of a step], bits of steps in turn
         self._windows = len(levels)
 
     def bits(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def finetune_bar(console: Console, steps: int) -> Iterator[Callable[[Step], None
             bar.update(
                 task,
                 completed=step.done,
+                total=step.total,
                 figures=f"KL {step.kl:.4f}, hold-out {step.holdout_kl:.4f}, "
                 f"{step.tokens_per_second:.0f} tokens/s",
             )

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCard, ModelCardData
-from pcdvq_kernels.checkpoint import REPORT_FILE, read_json
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, StrictUndefined
+from pcdvq_kernels.errors import printable
 from pcdvq_kernels.vptq.checkpoint import VPTQCheckpoint
 
 from pcdvq_quantizer.checkpoints import open_any_checkpoint
+from pcdvq_quantizer.contents import README
 from pcdvq_quantizer.evaluation.report import EvaluationReport
-from pcdvq_quantizer.inspection import describe_rate
+from pcdvq_quantizer.files import whole_file
+from pcdvq_quantizer.inspection import describe_checkpoint, describe_left
+from pcdvq_quantizer.markup import fenced, plain
+from pcdvq_quantizer.record import RunRecord, read_run
+from pcdvq_quantizer.redaction import redacted
 
 MIB = 2**20
 TEMPLATE = """---
 {{ card_data }}
 ---
 
-# {{ model }}, {{ method.name }} {{ bits }} bits per weight
+# {{ model | plain }}, {{ method.name }}, linear layers at {{ bits }} bits per weight
 
-{{ model }} quantized with [{{ method.name }}]({{ method.paper }}) for vLLM: {{ method.codes }}
+{{ model | plain }} quantized with [{{ method.name }}]({{ method.paper }}) for vLLM:
+{{ method.codes }}
 
 | | |
 | --- | --- |
-| quantized | {{ rate }} |
+| quantized | {{ rate | plain }} |
 | counted in bits per weight | {{ method.counted }} |
-| codebooks | {{ codebooks }} |
+| codebooks | {{ codebooks | plain }} |
 | size of quantized layers | {{ packed_mib }} MiB ({{ dense_mib }} MiB at 16 bits per weight) |
 | size of all tensors | {{ mib }} MiB |
-| left unquantized | {{ skipped }} |
+| left unquantized | {{ skipped | plain }} |
 
 ```bash
 pip install vllm-pcdvq
@@ -40,13 +50,11 @@ vllm serve <this directory or repository>{{ method.options }}
 {% if commands %}
 Made with
 
-```bash
 {{ commands }}
-```
 {% endif %}{% if figures %}
 | model | measure | value | +- | of |
 | --- | --- | --- | --- | --- |
-{% for row in figures %}| {{ row | join(" | ") }} |
+{% for row in figures %}| {{ row | map("plain") | join(" | ") }} |
 {% endfor %}
 (`pcdvq eval`; +- is one standard error.)
 {% endif %}"""
@@ -90,9 +98,8 @@ def write_model_card(directory: Path, evaluations: Sequence[Path] = ()) -> None:
     """
     checkpoint = open_any_checkpoint(directory)
     method = VPTQ if isinstance(checkpoint, VPTQCheckpoint) else PCDVQ
-    report = directory / REPORT_FILE
-    record = read_json(report) if report.exists() else {}
-    source = _public(record.get("model", directory.absolute().name))
+    record = read_run(directory)
+    source = _public(record.model or directory.resolve().name)
     base_model = source if "/" in source else None
     data = ModelCardData(
         base_model=base_model,
@@ -102,36 +109,43 @@ def write_model_card(directory: Path, evaluations: Sequence[Path] = ()) -> None:
         tags=[method.name.lower(), "quantized"],
     )
     layers = checkpoint.layers.values()
-    card = ModelCard.from_template(
-        data,
-        template_str=TEMPLATE,
+    commands = list(_commands(record))
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters["plain"] = plain
+    card = environment.from_string(TEMPLATE).render(
+        card_data=data.to_yaml(),
         model=Path(source).name,
         method=method,
         bits=f"{checkpoint.bits_per_weight:.2f}",
-        rate=describe_rate(checkpoint),
+        rate=describe_checkpoint(checkpoint),
         codebooks=", ".join(checkpoint.codebooks),
         packed_mib=f"{sum(layer.bytes for layer in layers) / MIB:.1f}",
         dense_mib=f"{sum(2 * layer.weights for layer in layers) / MIB:.1f}",
         mib=f"{sum(tensor.bytes for tensor in checkpoint.tensors.values()) / MIB:.1f}",
-        skipped=", ".join(checkpoint.modules_to_not_convert) or "none",
-        commands="\n".join(_commands(record)),
+        skipped=", ".join(describe_left(checkpoint)) or "none",
+        commands=fenced(commands, "bash") if commands else "",
         figures=[row for file in evaluations for row in _figures(EvaluationReport.read(file))],
     )
-    card.save(directory / "README.md")
+    with whole_file(directory / README) as scratch:
+        scratch.write_text(card.rstrip() + "\n", encoding="utf-8")
 
 
 def _public(name: str) -> str:
     """A hub id as it is, the last part of a path: the others are nobody's business."""
-    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    return name if is_id and not Path(name).exists() else Path(name).name
+    try:
+        validate_repo_id(name)
+        is_id = "/" in name and not os.path.lexists(name)
+    except HFValidationError:
+        is_id = False
+    return name if is_id else Path(name).name or "MODEL"
 
 
-def _commands(record: dict[str, Any]) -> Iterator[str]:
+def _commands(record: RunRecord) -> Iterator[str]:
     """What to type to make the checkpoint that `record` is about again, as far as it is known."""
-    if options := record.get("options"):
-        yield _command(["quantize", _public(record["model"]), "OUT"], options)
-    if tuning := record.get("finetune"):
-        yield _command(["finetune", "OUT", "OUT"], tuning["options"]) + " --overwrite"
+    if record.options:
+        yield _command(["quantize", _public(record.model or "MODEL"), "OUT"], record.options)
+    if record.finetune:
+        yield _command(["finetune", "OUT", "OUT"], record.finetune.options) + " --overwrite"
 
 
 def _command(arguments: list[str], options: dict[str, Any]) -> str:
@@ -142,10 +156,10 @@ def _command(arguments: list[str], options: dict[str, Any]) -> str:
         if isinstance(value, bool):
             words += [flag] * value
         elif isinstance(value, list):
-            words += [word for each in value for word in (flag, each)]
+            words += [word for each in value for word in (flag, str(each))]
         elif value is not None:
             words += [flag, f"{value:g}" if isinstance(value, float) else _public(str(value))]
-    return shlex.join(words)
+    return shlex.join(printable(word) for word in redacted(words))
 
 
 def _figures(report: EvaluationReport) -> Iterator[tuple[str, ...]]:

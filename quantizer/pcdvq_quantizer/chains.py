@@ -7,8 +7,8 @@ from typing import Any
 
 from pcdvq_kernels.trellis import CHAIN_ROWS
 
-# vLLM pads vocabularies to a multiple of this, and splits them then.
-VOCABULARY_PADDING = 64
+# Of which vLLM moves whole heads while it loads them (`pcdvq_kernels.row_orders`).
+MOVED_BY_HEADS = ("query_key_value",)
 
 
 def choose_chain_rows(
@@ -32,9 +32,7 @@ def choose_chain_rows(
     chains: dict[str, int] = {}
     for name, count in rows.items():
         module = name.rpartition(".")[0]
-        chains[module] = min(
-            chains.get(module, CHAIN_ROWS[0]), _longest(count, sizes, head_rows)
-        )
+        chains[module] = min(chains.get(module, CHAIN_ROWS[0]), _longest(count, sizes, head_rows))
     return {name: chains[name.rpartition(".")[0]] for name in rows}
 
 
@@ -53,12 +51,12 @@ def _head_rows(config: Mapping[str, Any]) -> int:
     if isinstance(size, int):
         return size
     hidden = config.get("hidden_size")
-    known = isinstance(heads, int) and heads > 0 and isinstance(hidden, int)
-    return hidden // heads if known else 0
+    if isinstance(heads, int) and heads > 0 and isinstance(hidden, int):
+        return hidden // heads
+    return 0
 
 
-def _longest(count: int, sizes: list[int], head_rows: int) -> int:
-    shards = {max(count // size, min(head_rows, count)) for size in sizes if count % size == 0}
+def _longest(count: int, shards: set[int]) -> int:
     for length in CHAIN_ROWS:
         if not any(shard % length for shard in shards):
             return length

@@ -17,6 +17,7 @@ from rich.text import Text
 from pcdvq_quantizer import cli_options
 from pcdvq_quantizer.bars import Bars, finetune_bar
 from pcdvq_quantizer.cli_options import Codec
+from pcdvq_quantizer.redaction import redacted
 
 if TYPE_CHECKING:
     from pcdvq_quantizer.finetune import FinetuneOptions
@@ -28,7 +29,7 @@ app = typer.Typer(
     help="Quantize language models to 2-4 bits per weight for vLLM (PCDVQ).",
 )
 # Without markup: what is printed has names in it that may look like some.
-console = Console(markup=False)
+console = Console(markup=False, emoji=False)
 
 
 @dataclass
@@ -64,7 +65,10 @@ def quantize(
     ] = 16,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="Leave layers of this name as they are, such as `model.layers.0.*`."),
+        typer.Option(
+            help="Leave layers of this name as they are, such as `model.layers.0.*`, or "
+            "`re:` and a regular expression; repeatable."
+        ),
     ] = None,
     max_tp: Annotated[
         int, typer.Option(help="Largest tensor-parallel size to allow where sizes permit.")
@@ -110,14 +114,14 @@ def quantize(
     """Quantize MODEL into the checkpoint OUT."""
     from pcdvq_quantizer.checkpoints import serve_command
     from pcdvq_quantizer.finetune import FinetuneOptions
-    from pcdvq_quantizer.inspection import describe_rate
+    from pcdvq_quantizer.inspection import describe_checkpoint
     from pcdvq_quantizer.plan import NONE, make_plan
     from pcdvq_quantizer.run import quantize_in_processes, quantize_model
 
     options = cli_options.run_options(context)
     if finetune and method != cli_options.Method.pcdvq:
         raise PCDVQError(f"--finetune is for --method pcdvq, not {method}; drop it")
-    with console.status(f"Opening {model}"):
+    with console.status(Text(f"Opening {model}")):
         plan = make_plan(model, options)
     for line in plan.selection.skipped_lines():
         console.print(f"left unquantized: {line}", highlight=False)
@@ -130,9 +134,10 @@ def quantize(
         else:
             checkpoint = quantize_model(plan, out, overwrite, bars)
     if finetune:
-        _finetune(out, out, tuning, overwrite=True)
+        _finetune(checkpoint.directory, checkpoint.directory, tuning, overwrite=True)
     console.print(
-        f"{out}: {describe_rate(checkpoint)}. Serve it with: {serve_command(checkpoint, str(out))}",
+        f"{out}: {describe_checkpoint(checkpoint)} Serve it with: "
+        f"{serve_command(checkpoint, str(out))}",
         highlight=False,
         soft_wrap=True,
     )
@@ -237,12 +242,14 @@ def evaluate_model(
     from transformers.utils import logging
 
     from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
+    from pcdvq_quantizer.evaluation.report import EvaluationReport
+    from pcdvq_quantizer.files import check_page, write_page
 
     logging.disable_progress_bar()
-    if json is not None and not json.absolute().parent.is_dir():
-        raise PCDVQError(f"--json: there is no directory {json.parent}; create it first")
     to_stdout = json == Path("-")
-    shown = Console(stderr=True, markup=False) if to_stdout else console
+    if json is not None and not to_stdout:
+        json = check_page(json, "--json", "report of pcdvq eval", EvaluationReport.is_in)
+    shown = Console(stderr=True, markup=False, emoji=False) if to_stdout else console
     options = EvaluateOptions(
         tasks=tuple(filter(None, (task.strip() for task in tasks.split(",")))),
         text=text,
@@ -262,7 +269,7 @@ def evaluate_model(
     if to_stdout:
         typer.echo(report.to_json())
     elif json is not None:
-        json.write_text(report.to_json() + "\n", encoding="utf-8")
+        write_page(json, report.to_json() + "\n", "--json")
 
 
 @app.command()
@@ -310,6 +317,10 @@ def finetune(
     _finetune(checkpoint, out, options, overwrite)
 
 
+def _note(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
 def _finetune(checkpoint: Path, out: Path, options: FinetuneOptions, overwrite: bool) -> None:
     """Run `finetune_checkpoint` and show how it goes."""
     from transformers.utils import logging
@@ -318,7 +329,7 @@ def _finetune(checkpoint: Path, out: Path, options: FinetuneOptions, overwrite: 
 
     logging.disable_progress_bar()
     with finetune_bar(console, options.steps) as show:
-        result = finetune_checkpoint(checkpoint, out, options, overwrite, show)
+        result = finetune_checkpoint(checkpoint, out, options, overwrite, show, _note)
     if result.diverged:
         console.print(
             f"Training diverged at step {result.steps} and was stopped; the best parameters before "
@@ -345,10 +356,12 @@ def serve(
     from pcdvq_quantizer.plan import QuantizeOptions
     from pcdvq_quantizer.serving import checkpoint_of, vllm_command, vllm_environment
 
+    if model.startswith("-"):  # which might be the beginning of a secret
+        raise PCDVQError("MODEL comes first: pcdvq serve MODEL, then the options")
     options = QuantizeOptions(bits=bits, codec=codec.value, calibration=calibration)
     checkpoint, method = checkpoint_of(model, options, console)
     command = vllm_command(checkpoint, context.args, method)
-    console.print(shlex.join(command), highlight=False, soft_wrap=True)
+    console.print(shlex.join(redacted(command)), highlight=False, soft_wrap=True)
     try:
         os.execvpe(command[0], command, vllm_environment())
     except FileNotFoundError:
@@ -383,7 +396,7 @@ def _describe(error: Exception) -> str:
     if isinstance(error, PCDVQError):
         return str(error)
     first_line = next(iter(str(error).splitlines()), "no message")
-    again = shlex.join(["pcdvq", "--debug", *sys.argv[1:]])
+    again = shlex.join(["pcdvq", "--debug", *redacted(sys.argv[1:])])
     return f"{type(error).__name__}: {first_line} (unexpected; to see where, run: {again})"
 
 

@@ -92,23 +92,45 @@ class Experts(nn.ModuleList):
         return y
 
 
-def separate_experts(model: PreTrainedModel, tensors: Iterable[str]) -> None:
+def separate_experts(model: PreTrainedModel, tensors: Iterable[str]) -> bool:
     """Put `Experts` in the place of the fused experts of `model`, under their names on disk.
 
     Args:
         tensors: names on disk; experts that are fused there too stay as they are, as do those of
             models that are not in `NAMINGS`.
+
+    Returns:
+        Whether there were any.
     """
     naming = NAMINGS.get(model.config.model_type)
     if naming is None:
-        return
+        return False
+    separated = False
     stored = {experts_of(tensor.rpartition(".")[0]) for tensor in tensors}
     for name, layer in list(model.named_modules()):
         if f"{name}.{naming.block}.experts" not in stored:
             continue
         block: Any = layer.mlp
+        if not hasattr(block, "experts"):
+            continue  # the configuration has another kind of layer here than the tensors
+        separated = True
         block.experts = Experts.like(block.experts, naming)
         if naming.block != "mlp":
             del layer._modules["mlp"]
             layer.add_module(naming.block, block)
             layer.__dict__["mlp"] = block  # where the layer's forward pass finds it
+    return separated
+
+
+def without_fusing(conversions: list[Any]) -> list[Any]:
+    """Conversions of transformers but those that fuse the experts which `separate_experts` parts.
+
+    Args:
+        conversions: its `WeightConverter`s and `WeightRenaming`s.
+    """
+    fused = "experts", *(naming.block for naming in NAMINGS.values())
+    return [
+        conversion
+        for conversion in conversions
+        if not any(word in pattern for pattern in conversion.source_patterns for word in fused)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pcdvq_kernels.errors import PCDVQError
 
 from pcdvq_quantizer.card import write_model_card
 from pcdvq_quantizer.checkpoints import open_any_checkpoint
+from pcdvq_quantizer.contents import check_inside, checkpoint_files
 
 
 def push(
@@ -18,7 +20,8 @@ def push(
 ) -> str:
     """Upload the checkpoint in `directory` to the repository `repo_id`, made if need be.
 
-    Weights that an earlier upload left there and that are not in `directory` are deleted.
+    What is in `directory` and no part of a checkpoint stays here. Weights that an earlier upload
+    left there and that are not in `directory` are deleted.
 
     Args:
         directory: a whole checkpoint.
@@ -30,7 +33,8 @@ def push(
         The address of the repository.
 
     Raises:
-        PCDVQError: not a whole checkpoint, nobody is logged in, or the Hub refuses.
+        PCDVQError: not a whole checkpoint, a file of it is a link to elsewhere, nobody is logged
+            in, or the Hub refuses.
     """
     open_any_checkpoint(directory)
     if repo_id.count("/") != 1:
@@ -40,6 +44,8 @@ def push(
             "nobody is logged in to the Hub; run `hf auth login` or set HF_TOKEN to a token that "
             "may write (huggingface.co/settings/tokens)"
         )
+    for name in checkpoint_files(directory):
+        check_inside(directory, name)
     if evaluations:
         write_model_card(directory, evaluations)
     try:
@@ -63,6 +69,7 @@ def _upload(api: HfApi, directory: Path, repo_id: str, private: bool) -> str:
         repo_id=repo_id,
         folder_path=directory,
         commit_message="PCDVQ checkpoint",
+        allow_patterns=[glob.escape(name) for name in checkpoint_files(directory)],
         delete_patterns="*.safetensors",
     )
     return str(url)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 
-from pcdvq_kernels.checkpoint import REPORT_FILE, read_json
-from pcdvq_kernels.errors import CheckpointError
-from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
+from pcdvq_quantizer.layer import LayerError
+from pcdvq_quantizer.record import RunRecord, read_run
+from pcdvq_quantizer.selection import describe_skipped
 
-
-class _Error(BaseModel):
-    weight: float
-
-
-class _Run(BaseModel):
-    """What is shown of `REPORT_FILE`."""
-
-    errors: dict[str, _Error] = {}
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,10 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """All rows and totals; sizes in bytes, `rate` as in `describe_rate`, of what is `counted`."""
+    """All rows and totals; sizes in bytes, `rate` as in `describe_rate`, of what is `counted`.
+
+    `whole` is the sentence of `describe_checkpoint`, `left` says what is not quantized and why.
+    """
 
     layers: list[LayerRow]
     rate: str
@@ -50,6 +47,8 @@ class CheckpointSummary:
     codebook_bytes: int
     unquantized_bytes: int
     modules_to_not_convert: list[str]
+    whole: str
+    left: list[str]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -60,7 +59,7 @@ class CheckpointSummary:
         for heading in ("shape", "codebook", "bits", "error", "KiB"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.layers:
-            error = "-" if row.relative_error is None else f"{row.relative_error:.4f}"
+            error = "-" if row.relative_error is None else figure(row.relative_error, 4)
             table.add_row(
                 row.name,
                 "x".join(map(str, row.shape)),
@@ -70,13 +69,8 @@ class CheckpointSummary:
                 f"{row.bytes / 1024:.1f}",
             )
         console.print(table)
-        mib = 2**20
-        console.print(
-            f"{self.rate} ({self.counted}), {self.packed_bytes / mib:.1f} MiB; other tensors "
-            f"{self.unquantized_bytes / mib:.1f} MiB",
-            highlight=False,
-        )
-        left = ", ".join(self.modules_to_not_convert) or "none"
+        console.print(f"{self.whole} Bits per weight count {self.counted}.", highlight=False)
+        left = ", ".join(self.left) or "none"
         console.print(f"left unquantized: {left}", highlight=False)
 
 
@@ -87,14 +81,14 @@ def inspect_checkpoint(directory: Path) -> CheckpointSummary:
         CheckpointError: it is not a whole checkpoint of PCDVQ or VPTQ.
     """
     checkpoint = open_any_checkpoint(directory)
-    errors = _recorded_errors(directory)
+    errors = read_run(directory).errors
     rows = [
         LayerRow(
             name,
             (layer.out_features, layer.in_features),
             layer.codebook,
             layer.bits_per_weight,
-            errors.get(name),
+            _known(errors.get(name)),
             layer.bytes,
         )
         for name, layer in checkpoint.layers.items()
@@ -111,7 +105,59 @@ def inspect_checkpoint(directory: Path) -> CheckpointSummary:
         checkpoint.codebook_bytes,
         total - packed,
         checkpoint.modules_to_not_convert,
+        describe_checkpoint(checkpoint),
+        describe_left(checkpoint),
     )
+
+
+def describe_left(checkpoint: AnyCheckpoint) -> list[str]:
+    """What is not quantized and why, numbered layers together, as far as the record tells it.
+
+    Raises:
+        CheckpointError: as `describe_checkpoint`.
+    """
+    unknown = dict.fromkeys(checkpoint.modules_to_not_convert, "reason not recorded")
+    return describe_skipped(read_run(checkpoint.directory).skipped or unknown)
+
+
+def describe_checkpoint(checkpoint: AnyCheckpoint) -> str:
+    """What is quantized, all bytes before and after, and what was left and why.
+
+    Raises:
+        CheckpointError: its record of the run is something else.
+    """
+    run = read_run(checkpoint.directory)
+    left = _left_bytes(checkpoint, run)
+    packed = sum(layer.bytes for layer in checkpoint.layers.values())
+    dense = 2 * sum(layer.weights for layer in checkpoint.layers.values())
+    now = packed + checkpoint.codebook_bytes + left.total()
+    before, when = run.original_bytes, "before"
+    if before is None:
+        before, when = dense + left.total(), "at 16 bits per weight"
+    text = (
+        f"{describe_rate(checkpoint)}. All tensors: {before / MIB:.1f} MiB {when}, "
+        f"{now / MIB:.1f} MiB now."
+    )
+    shares = [f"{100 * size / before:.1f} % {reason}" for reason, size in left.most_common()]
+    if not shares:
+        return text
+    return (
+        f"{text} Of the bytes {when}, {100 * left.total() / before:.1f} % stay as they were: "
+        f"{'; '.join(shares)}."
+    )
+
+
+def _left_bytes(checkpoint: AnyCheckpoint, run: RunRecord) -> Counter[str]:
+    """Bytes that are not quantized by the reason."""
+    left = Counter[str]()
+    tensors = checkpoint.tensors
+    for name, reason in run.skipped.items():
+        tensor = tensors.get(name) or tensors.get(f"{name}.weight")
+        left[reason] += tensor.bytes if tensor else 0
+    packed = sum(layer.bytes for layer in checkpoint.layers.values())
+    rest = sum(tensor.bytes for tensor in tensors.values()) - packed - left.total()
+    left["norms, biases and the like" if run.skipped else "other tensors"] += rest
+    return +left
 
 
 def describe_rate(checkpoint: AnyCheckpoint) -> str:
@@ -124,16 +170,11 @@ def describe_rate(checkpoint: AnyCheckpoint) -> str:
     return text
 
 
-def _recorded_errors(directory: Path) -> dict[str, float]:
-    """Relative errors from the report, {} if the checkpoint came without one."""
-    if not (directory / REPORT_FILE).exists():
-        return {}
-    try:
-        run = _Run.model_validate(read_json(directory / REPORT_FILE))
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise CheckpointError(
-            f"{directory / REPORT_FILE} is not the record of a run ({reason}). Delete it: it tells "
-            "errors that are measured while quantizing and nothing else"
-        ) from None
-    return {name: error.weight for name, error in run.errors.items()}
+def figure(value: float, digits: int) -> str:
+    """`value` with so many decimal places, or a short form of one that nobody would read so."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _known(error: LayerError | None) -> float | None:
+    """The weight error, None if there is none, which is also how JSON can say NaN."""
+    return error.weight if error and isfinite(error.weight) else None

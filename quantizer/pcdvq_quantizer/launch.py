@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +27,11 @@ from pcdvq_quantizer.progress import Progress
 
 # Others may wait for what process 0 does alone, such as to write text; a failure ends all at once.
 TIMEOUT = timedelta(days=7)
+
+
+# A process that is killed loses its connections first: the others may fail, with gloo's
+# RuntimeError, before its end is seen.
+DEATH_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -95,16 +100,32 @@ def _watch(workers: dict[Connection, SpawnProcess], progress: Progress) -> None:
             except EOFError:
                 worker = workers.pop(reader)
                 worker.join()
-                if worker.exitcode:
-                    raise PCDVQError(
-                        f"one of the processes ended with exit code {worker.exitcode} (killed, for "
-                        "want of memory?); the same command continues, also with fewer --processes"
-                    ) from None
+                _raise_death([worker])
                 continue
             if isinstance(message, Exception):
+                _raise_death(workers.values(), DEATH_SECONDS * isinstance(message, RuntimeError))
                 raise message
             method, *values = message
             getattr(progress, method)(*values)
+
+
+def _raise_death(workers: Iterable[SpawnProcess], seconds: float = 0) -> None:
+    """Raise PCDVQError if one of `workers` was killed, or is within `seconds`."""
+    sentinels = {worker.sentinel: worker for worker in workers}
+    end = time.monotonic() + seconds
+    while sentinels:
+        ended = wait(list(sentinels), max(0.0, end - time.monotonic()))
+        if not ended:
+            return
+        for sentinel in ended:
+            assert isinstance(sentinel, int)
+            worker = sentinels.pop(sentinel)
+            worker.join()
+            if worker.exitcode:
+                raise PCDVQError(
+                    f"one of the processes ended with exit code {worker.exitcode} (killed, for "
+                    "want of memory?); the same command continues, also with fewer --processes"
+                ) from None
 
 
 class _Sent(Progress):

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 from pcdvq_kernels.checkpoint import PACKED_TENSORS
-from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.hadamard import block_hadamard
 from pcdvq_kernels.packing import pack_codes, pack_signs
@@ -23,7 +22,7 @@ class LayerError:
     """How far a quantized layer is from the original one.
 
     Attributes:
-        weight: |W' - W|^2 / |W|^2.
+        weight: |W' - W|^2 / |W|^2; of a layer of zeros 0.0 if it still is one, else 1.0.
         direction: share of it that is due to directions: of a group w stored as q, the error
             |w - q|^2 is 2 |w| |q| (1 - cos) in direction and (|w| - |q|)^2 in magnitude. In codec
             `trellis` a group is a row, whose magnitude is its scale.
@@ -87,8 +86,9 @@ class ErrorSum:
         sums: fp64 [3], squared error in direction and in magnitude, and energy of the original.
     """
 
-    def __init__(self, spec: CodebookSpec) -> None:
-        self._group = 0 if spec.chain_rows else spec.vector_dim  # 0: a row
+    def __init__(self, group: int) -> None:
+        """Make an empty sum; `group` is the length of a vector, 0 that of a row."""
+        self._group = group
         self.sums = torch.zeros(3, dtype=torch.float64)
 
     def add(self, rotated: Tensor, decoded: Tensor) -> None:
@@ -102,14 +102,19 @@ class ErrorSum:
 
     def total(self, output: float | None = None) -> LayerError:
         direction, magnitude, energy = self.sums.tolist()
-        error = max(direction + magnitude, 1e-30)
-        return LayerError(error / max(energy, 1e-30), direction / error, output)
+        error = max(direction + magnitude, 0.0)
+        return LayerError(relative(error, energy), direction / error if error else 0.0, output)
 
 
-def check_finite(weight: Tensor, layer: str, model: str) -> None:
-    """Raises PCDVQError if the weight of `layer` of `model` is not finite."""
-    if not weight.isfinite().all():
-        raise PCDVQError(f"{layer}.weight of {model} holds NaN or infinity")
+def relative(error: float, energy: float) -> float:
+    """error / energy; what is no number, the error of nothing, is 0.0 or, if there is one, 1.0."""
+    return error / energy if energy > 0 else float(error > 0)
+
+
+def check_finite(tensor: Tensor, name: str, model: str) -> None:
+    """Raises PCDVQError if tensor `name` of `model` is not finite."""
+    if not tensor.isfinite().all():
+        raise PCDVQError(f"{name} of {model} holds NaN or infinity; get the model again")
 
 
 def quantize_linear(
@@ -128,7 +133,7 @@ def quantize_linear(
     # Segments are independent, so working memory is bounded by a chunk of them.
     segments = max(1, CHUNK_WEIGHTS // (weight.shape[1] * spec.row_multiple))
     qweight, row_scale = [], []
-    errors = ErrorSum(spec)
+    errors = ErrorSum(spec.direction_length)
     for chunk in weight.split(segments * spec.row_multiple):
         rotated = block_hadamard(chunk.float() * signs, block)
         scale = initial_row_scale(rotated, codebook)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from pcdvq_kernels.hadamard import choose_block
 from pcdvq_kernels.reference import dequantize
 from torch import Tensor
 
+from pcdvq_quantizer import identity
 from pcdvq_quantizer.calibration.objectives import HESSIAN, OBJECTIVES
 from pcdvq_quantizer.calibration.objectives.base import StageObjective
 from pcdvq_quantizer.calibration.parallel import Processes
@@ -32,8 +31,10 @@ from pcdvq_quantizer.layer import (
     check_finite,
     quantize_linear,
 )
-from pcdvq_quantizer.selection import DEFAULT_SKIP, Selection, select_layers
+from pcdvq_quantizer.selection import Selection, select_layers
+from pcdvq_quantizer.source_check import check_source
 from pcdvq_quantizer.sources import Source, open_source
+from pcdvq_quantizer.texts import find_file, read_bytes
 
 SELF = "self"  # calibrate on text the model writes
 NONE = "none"  # do not calibrate
@@ -48,8 +49,8 @@ class RunOptions:
         seed: of all that is random, and of the calibration text.
         calibration: a text or JSONL file, a `datasets` name, SELF, or NONE.
         samples: windows of calibration text.
-        sequence_length: tokens of a window.
-        skip: patterns (fnmatch) of names of linear layers to leave as they are.
+        sequence_length: tokens of a window, fewer where the model reads fewer.
+        skip: patterns of names of layers to leave as they are, as in `select_layers`.
     """
 
     seed: int = 0
@@ -176,9 +177,14 @@ class Plan(ABC):
 
     @property
     def copied_bytes(self) -> int:
-        """Size of the tensors that stay as they are."""
+        """Size of `copied`."""
+        return sum(map(self.source.bytes, self.copied))
+
+    @property
+    def copied(self) -> list[str]:
+        """Names of the tensors that stay as they are."""
         layers = {f"{name}.weight" for name in self.selection.layers}
-        return sum(self.source.bytes(name) for name in self.source.shapes if name not in layers)
+        return [name for name in self.source.shapes if name not in layers]
 
     @property
     def distinct_codebooks(self) -> list[NamedCodebook]:
@@ -230,17 +236,15 @@ class Plan(ABC):
             PCDVQError: it is not finite.
         """
         weight = self.source.load(f"{name}.weight")
-        check_finite(weight, name, self.source.name)
+        check_finite(weight, f"{name}.weight", self.source.name)
         return weight
 
     def fingerprint(self) -> dict[str, object]:
         """Equal for runs that make the same checkpoint."""
-        model = json.dumps([self.source.config, self.source.shapes], sort_keys=True, default=str)
         return {
-            "model": self.source.name,
-            "model_sha256": _sha256(model.encode()),
-            "calibration_sha256": text_sha256(self.options.calibration),
+            **identity.fingerprint(self.source),
             **asdict(self.options),
+            **text_identity(self.options.calibration),
         }
 
 
@@ -346,9 +350,9 @@ def make_plan(model: str, options: RunOptions) -> Plan:
 
 def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
     """`make_plan` for an open model and options that were checked."""
-    check_unquantized(source)
+    source = check_source(source)
     embeddings = options.embedding_bits != UNQUANTIZED_BITS
-    selection = select_layers(source, DEFAULT_SKIP + options.skip, embeddings=embeddings)
+    selection = select_layers(source, options.skip, embeddings=embeddings)
     rows = {name: source.shapes[f"{name}.weight"][0] for name in selection.layers}
     chain_rows = choose_chain_rows(rows, source.config, options.max_tp)
     plan = PCDVQPlan(source, options, selection, {}, chain_rows)
@@ -361,22 +365,13 @@ def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
     return replace(plan, codebooks=codebooks)
 
 
-def check_unquantized(source: Source) -> None:
-    """Raises PCDVQError if `source` is a quantized checkpoint."""
-    if method := source.config.get("quantization_config", {}).get("quant_method"):
-        raise PCDVQError(
-            f"{source.name} is already quantized ({method}); quantize the original model instead"
-        )
-
-
-def text_sha256(calibration: str) -> str | None:
-    """Digest of the file that `calibration` names, None where it names none."""
-    path = Path(calibration).expanduser()
-    return _sha256(path.read_bytes()) if path.is_file() else None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def text_identity(calibration: str) -> dict[str, str | None]:
+    """What makes two calibration texts the same: of a file, its contents."""
+    path = find_file(calibration)
+    if path is None:
+        return {"calibration": calibration, "calibration_sha256": None}
+    digest = hashlib.sha256(read_bytes(path)).hexdigest()
+    return {"calibration": None, "calibration_sha256": digest}
 
 
 def input_signs(in_features: int, seed: int) -> Tensor:

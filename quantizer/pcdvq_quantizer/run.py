@@ -14,10 +14,13 @@ from pcdvq_quantizer.calibration.parallel import ALONE, Processes
 from pcdvq_quantizer.calibration.run import calibrate, check_windows
 from pcdvq_quantizer.card import write_model_card
 from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
+from pcdvq_quantizer.identity import fingerprint, paths_of, weights_sha256
 from pcdvq_quantizer.launch import launch
 from pcdvq_quantizer.layer import LayerError, QuantizedLayer
+from pcdvq_quantizer.output import Output
 from pcdvq_quantizer.plan import NONE, Plan, RunOptions, make_plan
 from pcdvq_quantizer.progress import Progress
+from pcdvq_quantizer.source_check import check_values
 from pcdvq_quantizer.writer import CheckpointWriter, Shard, plan_shards
 
 
@@ -44,7 +47,7 @@ def quantize_in_processes(
     check_windows(options.samples, count)
     arguments = (model, options, output, overwrite)
     launch(count, quantize_share, arguments, progress or Progress())
-    return open_any_checkpoint(output)
+    return open_any_checkpoint(Output.at(output).path)
 
 
 def quantize_share(
@@ -60,7 +63,7 @@ def quantize_share(
     if processes.rank == 0:
         quantize_model(plan, output, overwrite, progress, processes)
     else:
-        writer = CheckpointWriter(output, plan.fingerprint(), overwrite)
+        writer = CheckpointWriter(Output.at(output), {})  # which process 0 has opened
         calibrate(plan, writer, progress, processes)
 
 
@@ -80,13 +83,16 @@ def quantize_model(
         processes: of which this is process 0; the others call `calibrate`.
 
     Raises:
-        PCDVQError: `output` exists, the disk is full, weights are not finite, the calibration text
-            cannot be used, or the partial directory belongs to another run.
+        PCDVQError: something would be lost at `output`, the disk is full, weights are not finite,
+            the calibration text cannot be used, or the partial directory belongs to another run.
     """
     started = time.monotonic()
     progress = progress or Progress()
-    writer = CheckpointWriter(output, plan.fingerprint(), overwrite)
+    place = Output.at(output, overwrite, paths_of(plan.source))
+    writer = CheckpointWriter(place, plan.fingerprint())
     with writer.open(needed_bytes=plan.output_bytes):
+        check_values(plan.source, plan.copied)  # which are read last: no work is lost
+        plan.source.copy_files(writer.directory)  # first, since it may be refused
         if plan.options.calibration == NONE:
             progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
         else:
@@ -102,15 +108,16 @@ def quantize_model(
         writer.write_json("config.json", config)
         report = {
             "model": source.name,
+            "model_sha256": weights_sha256(source),
             "options": asdict(plan.options),
             "seconds": round(time.monotonic() - started, 1),
             "errors": errors,
             "skipped": plan.selection.skipped,
+            "original_bytes": sum(map(source.bytes, source.shapes)),
         }
         writer.write_json(REPORT_FILE, report)
-        source.copy_files(writer.directory)
         write_model_card(writer.directory)
-        return writer.publish()
+        return writer.publish(fingerprint(source))
 
 
 def _make_shard(plan: Plan, shard: Shard, writer: CheckpointWriter, progress: Progress) -> None:

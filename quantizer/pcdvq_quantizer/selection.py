@@ -4,23 +4,54 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from difflib import get_close_matches
+from fnmatch import fnmatchcase, translate
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from pcdvq_kernels.config import QUANT_METHOD
 from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.row_orders import reordered
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.experts import experts_of, separate_experts
-from pcdvq_quantizer.sources import Source
+from pcdvq_quantizer.sources import CODE, Source, reason
 
 MIN_FEATURES = 8
+SKIPPED = "skipped by name"
+EMBEDDING, HEAD, ROUTER = "embedding", "output head", "router"
+EXPERTS = "experts of this architecture"
+# Keys of a config.json that say how many modules a model is made of.
+LAYER_COUNTS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks"),
+    *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+)
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# What transformers raises for configurations that it cannot build a model of.
+UNKNOWN_MODEL = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError),
+    *(OSError, RuntimeError, StrictDataclassError, TypeError, ValueError),
+)
 # Output heads are left in their own precision, unless asked for with the embeddings; routers are
 # tiny, and vLLM never quantizes them.
-DEFAULT_SKIP = ("lm_head", "*.lm_head", "*.gate", "*.router", "*.shared_expert_gate")
+DEFAULT_SKIP = {
+    "lm_head": HEAD,
+    "*.lm_head": HEAD,
+    "*.gate": ROUTER,
+    "*.router": ROUTER,
+    "*.shared_expert_gate": ROUTER,
+}
+REGEX = "re:"  # before a pattern, as other tools have it
+EXAMPLES = 3  # of names, in a message
+_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -61,47 +92,61 @@ class Selection:
 
 def describe_skipped(skipped: dict[str, str]) -> list[str]:
     """One line for each kind of parameter in `Selection.skipped`; numbered ones count together."""
-    kinds = Counter(
-        (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), reason) for name, reason in skipped.items()
-    )
+    kinds = Counter((_kind(name), reason) for name, reason in skipped.items())
     return [
         f"{name} ({reason})" if count == 1 else f"{name} ({count} of them: {reason})"
         for (name, reason), count in kinds.items()
     ]
 
 
+def _kind(name: str) -> str:
+    """`name` with stars for numbers."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
 def select_layers(
-    source: Source, skip: tuple[str, ...] = DEFAULT_SKIP, embeddings: bool = False
+    source: Source,
+    skip: tuple[str, ...] = (),
+    embeddings: bool = False,
+    method: str = QUANT_METHOD,
 ) -> Selection:
-    """Find the linear layers of `source` that the format can hold.
+    """Find the linear layers of `source` that the format can hold and vLLM serve.
 
     Args:
         source: the model.
-        skip: patterns of layer names to leave as they are.
-        embeddings: whether input embedding and output head are quantized too, skipped or not.
+        skip: patterns of layer names to leave as they are, beside `DEFAULT_SKIP`: of fnmatch, or
+            after `re:` regular expressions that match from the beginning of a name.
+        embeddings: whether input embedding and output head are quantized too.
+        method: `quant_method` of the checkpoint.
 
     Raises:
-        PCDVQError: the architecture is unknown, or nothing of it can be quantized.
+        PCDVQError: the architecture is unknown, a pattern matches no layer, or nothing can be
+            quantized.
     """
-    architecture = ", ".join(source.config.get("architectures") or ["unknown architecture"])
-    model = _build_empty(source.config, architecture)
+    architecture = _architecture(source.config)
+    model = build_empty(source)
     separate_experts(model, source.shapes)
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = dict(model.named_modules())
+    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     roles = find_embeddings(model) if embeddings else (None, None)
+    matrices = {
+        tensor.removesuffix(".weight"): tensor
+        for tensor, shape in source.shapes.items()
+        if len(shape) >= 2
+    }
+    renamed = names_in_model(model, matrices.values())
+    unwanted = _matching(skip, [*matrices, *sorted(linears.difference(matrices))], source.name)
     layers, skipped = [], {}
-    for tensor, shape in source.shapes.items():
-        name, _, suffix = tensor.rpartition(".")
-        if len(shape) < 2:
-            continue
-        wanted = suffix == "weight" and name in roles
-        if not wanted and (suffix != "weight" or name not in linears):
-            skipped[tensor if suffix != "weight" else name] = "not a linear layer"
-        elif not wanted and any(fnmatchcase(name, pattern) for pattern in skip):
-            skipped[name] = "skipped by name"
-        elif shape[1] % 8 or min(shape) < MIN_FEATURES:
-            skipped[name] = (
-                f"shape {list(shape)}: input size must be a multiple of 8, both sizes >= 8"
-            )
+    for name, tensor in matrices.items():
+        if name in unwanted:
+            reason: str | None = SKIPPED
+        else:
+            loaded = renamed[tensor].removesuffix(".weight")
+            reason = None if name in roles else _other_kind(name, loaded, modules)
+            reason = reason or _unsuitable(source.shapes[tensor])
+            reason = reason or reordered(source.config, name, method)
+        if reason:
+            skipped[name] = reason
         else:
             layers.append(name)
     # Experts are served as one layer.
@@ -110,7 +155,7 @@ def select_layers(
         layers.remove(name)
         skipped[name] = "another layer of the experts is skipped"
     if not set(layers).difference(roles):
-        reasons = sorted({f"{name}: {reason}" for name, reason in skipped.items()})[:3]
+        reasons = sorted({f"{name}: {reason}" for name, reason in skipped.items()})[:EXAMPLES]
         raise PCDVQError(
             f"nothing to quantize in {source.name} ({architecture}); for instance "
             f"{'; '.join(reasons)}. PCDVQ quantizes the torch.nn.Linear layers of causal LMs"
@@ -118,6 +163,76 @@ def select_layers(
     embedding, head = (name if name in layers else None for name in roles)
     left = tuple(sorted(linears.difference(layers)))
     return Selection(layers, skipped, embedding, head, left)
+
+
+def names_in_model(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """What transformers calls each of `tensors`, names on disk, once it has loaded them."""
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    return {tensor: rename_source_key(tensor, renamings, [])[0] for tensor in tensors}
+
+
+def _matching(patterns: tuple[str, ...], names: list[str], model: str) -> set[str]:
+    """Those of `names` that one of `patterns` matches.
+
+    Raises:
+        PCDVQError: a pattern matches none, or is no regular expression.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        is_regex = pattern.startswith(REGEX)
+        try:
+            regex = re.compile(pattern.removeprefix(REGEX) if is_regex else translate(pattern))
+        except re.error as error:
+            raise PCDVQError(
+                f"--skip {pattern!r} is no regular expression ({error}); mend it, or leave out "
+                f"{REGEX!r} for a pattern with stars"
+            ) from None
+        matches = set(filter(regex.match, names))
+        if not matches:
+            kinds = list({_kind(name): name for name in reversed(names)}.values())
+            near = get_close_matches(pattern.removeprefix(REGEX), kinds, EXAMPLES, cutoff=0.0)
+            raise PCDVQError(
+                f"--skip {pattern!r} matches no layer of {model}, which has for instance "
+                f"{', '.join(near)}; correct the pattern, which must fit a "
+                f"{'name from its beginning' if is_regex else 'whole name'}"
+            )
+        found |= matches
+    return found
+
+
+def _other_kind(name: str, loaded: str, modules: dict[str, nn.Module]) -> str | None:
+    """Why the matrix `name` is no linear layer to quantize, None if it is one.
+
+    Args:
+        name: of a layer on disk, or of a parameter that is not a weight.
+        loaded: its name in transformers' model.
+        modules: of that model.
+    """
+    linear = isinstance(modules.get(name), nn.Linear)
+    holder, _, key = loaded.rpartition(".")
+    module = modules.get(loaded)
+    if module is None and holder in modules and key in modules[holder]._parameters:
+        module = modules[holder]
+    if not linear and (_EXPERTS.search(name) or "Experts" in type(module).__name__):
+        return EXPERTS
+    for pattern, kind in DEFAULT_SKIP.items():
+        if fnmatchcase(loaded, pattern):
+            return kind
+    if linear:
+        return None
+    if isinstance(module, nn.Embedding):
+        return EMBEDDING
+    if isinstance(module, nn.Linear):
+        return "stored under another name than transformers'"
+    return "no layer that transformers knows" if module is None else "not a linear layer"
+
+
+def _unsuitable(shape: tuple[int, ...]) -> str | None:
+    """Why the format cannot hold a matrix of this shape, None if it can."""
+    if shape[1] % 8 or min(shape) < MIN_FEATURES:
+        return f"shape {list(shape)}: input size must be a multiple of 8, both sizes >= 8"
+    return None
 
 
 def hf_config(config: dict[str, Any]) -> PreTrainedConfig:
@@ -133,13 +248,56 @@ def _infinities(value: Any) -> Any:
     return [_infinities(each) for each in value] if isinstance(value, list) else value
 
 
-def _build_empty(config: dict[str, Any], architecture: str) -> PreTrainedModel:
-    """The model that `config` describes, without its weights."""
+def build_empty(source: Source) -> PreTrainedModel:
+    """The model that `source.config` describes, on the meta device.
+
+    Raises:
+        PCDVQError: transformers does not know it, or it has more layers than `source` has tensors.
+    """
+    config = source.config
+    architecture = _architecture(config)
+    if not isinstance(config.get("model_type"), str):
+        raise PCDVQError(
+            f"config.json of {source.name} has no model_type, which tells what model it is; get "
+            "the config.json that belongs to the model"
+        )
+    check_counts(source.name, config, source.shapes)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(hf_config(config))
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
+            return AutoModelForCausalLM.from_config(hf_config(config), trust_remote_code=False)
+    except UNKNOWN_MODEL as error:
+        if config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise PCDVQError(
+                f"config.json of {source.name} describes no {config['model_type']} model that can "
+                f"be built ({reason(error)}); get the config.json that belongs to the model"
+            ) from error
+        code = f" ({CODE})" if "auto_map" in config else ""
         raise PCDVQError(
-            f"{architecture} is not a causal language model that this transformers release knows "
-            f"({str(error).splitlines()[0]}); upgrade transformers or choose another model"
+            f"{architecture} (model_type {config['model_type']}) is not a causal language model "
+            f"that this transformers release knows{code}; upgrade transformers or choose another "
+            "model"
         ) from error
+
+
+def check_counts(model: str, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise PCDVQError if `config` has more layers or experts than fit tensors of `shapes`.
+
+    Empty models take time and memory for each.
+    """
+    stacked = [shape[0] for shape in shapes.values() if len(shape) > 2]
+    limits = dict.fromkeys(LAYER_COUNTS, len(shapes))
+    limits |= dict.fromkeys(EXPERT_COUNTS, max(len(shapes), *stacked, 0))
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key, most in limits.items():
+            count = part.get(key)
+            if isinstance(count, int) and count > most:
+                raise PCDVQError(
+                    f"config.json of {model} has {key} {count}, but the model has {len(shapes)} "
+                    "tensors; get the config.json that belongs to it"
+                )
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    named = config.get("architectures")
+    named = named if isinstance(named, list) else [named]
+    return ", ".join(filter(None, map(str, filter(None, named)))) or "unknown architecture"

@@ -17,8 +17,10 @@ from pcdvq_kernels.checkpoint import read_quantization_config
 from pcdvq_kernels.config import QUANT_METHOD
 from pcdvq_kernels.vptq import layout as vptq
 from rich.console import Console
+from rich.text import Text
 
 from pcdvq_quantizer.bars import Bars
+from pcdvq_quantizer.inspection import describe_checkpoint
 from pcdvq_quantizer.plan import PCDVQPlan, QuantizeOptions, plan_source
 from pcdvq_quantizer.run import quantize_model
 from pcdvq_quantizer.sources import open_source
@@ -34,13 +36,14 @@ def checkpoint_of(model: str, options: QuantizeOptions, console: Console) -> tup
     method = quantization_of(model)
     if method in (QUANT_METHOD, vptq.QUANT_METHOD):
         return model, method
-    with console.status(f"Opening {model}"):
+    with console.status(Text(f"Opening {model}")):
         options.check()
         plan = plan_source(open_source(model), options)
     checkpoint = cached_checkpoint(plan)
     if not checkpoint.exists():
         with Bars(console) as bars:
-            quantize_model(plan, checkpoint, progress=bars)
+            made = quantize_model(plan, checkpoint, progress=bars)
+        console.print(describe_checkpoint(made), highlight=False, soft_wrap=True)
     return str(checkpoint), QUANT_METHOD
 
 
@@ -58,11 +61,16 @@ def quantization_of(model: str) -> str | None:
 
 
 def cached_checkpoint(plan: PCDVQPlan) -> Path:
-    """Where the checkpoint that `plan` makes is kept: another place for every model and option."""
+    """Where the checkpoint that `plan` makes is kept: another place for every model and option.
+
+    The name of the model is for the reader: the same model has one place under all its names.
+    """
     fingerprint = json.dumps(plan.fingerprint(), sort_keys=True, default=str).encode()
+    key = f"{plan.options.bits:g}bit-{hashlib.sha256(fingerprint).hexdigest()[:16]}"
+    models = cache_directory() / "models"
     name = re.sub(r"[^\w.-]+", "-", plan.source.name).strip("-.")[-80:]
-    key = hashlib.sha256(fingerprint).hexdigest()[:10]
-    return cache_directory() / "models" / f"{name}-{plan.options.bits:g}bit-{key}"
+    begun = next(models.glob(f"*-{key}*"), models / f"{name}-{key}")
+    return begun.with_name(begun.name.removesuffix(".partial"))
 
 
 def vllm_command(

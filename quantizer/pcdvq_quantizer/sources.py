@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +14,24 @@ from pcdvq_kernels.checkpoint import INDEX_FILE, TensorInfo, open_tensors, read_
 from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
 
+from pcdvq_quantizer.contents import companions, copy_files
+
 SINGLE_FILE = "model.safetensors"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-NOT_COPIED = ("config.json", INDEX_FILE, "README.md", ".gitattributes")
+# What a directory without a model in Hugging Face's layout may hold, and what to do then.
+OTHER_CONTENTS = {
+    "adapter_config.json": "holds an adapter (LoRA), not a model; merge it into its base model "
+    "with peft's merge_and_unload, save that and quantize the result",
+    "consolidated*.safetensors": "holds a model in Mistral's own layout "
+    "(consolidated.safetensors); take the files that Hugging Face's layout has (model*.safetensors "
+    "and config.json), or convert it with transformers' script for its architecture",
+    **dict.fromkeys(
+        ("*.bin", "*.pt", "*.pth"),
+        "holds only pickled weights, which can run code when read; convert them with transformers' "
+        "save_pretrained (it writes safetensors) and try again",
+    ),
+    "*.gguf": "holds GGUF files; name one of them",
+}
+CODE = "code that a model brings along (auto_map) is never run"
 
 
 class Source(Protocol):
@@ -27,6 +42,14 @@ class Source(Protocol):
         """What the user called it."""
 
     @property
+    def location(self) -> Path:
+        """The directory or file it is read from."""
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files of its weights, in a fixed order."""
+
+    @property
     def config(self) -> dict[str, Any]:
         """Its config.json."""
 
@@ -34,11 +57,18 @@ class Source(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor by Hugging Face name, in the order to be stored."""
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Dtype of every tensor, as safetensors headers name it."""
+
     def load(self, name: str) -> Tensor:
         """Tensor `name`, in the dtype it is to be stored in when left unquantized."""
 
     def bytes(self, name: str) -> int:
         """Stored size of tensor `name` when left unquantized."""
+
+    def without(self, names: Collection[str]) -> Source:
+        """The same model with all tensors but `names`."""
 
     def copy_files(self, output: Path) -> None:
         """Write tokenizer, generation config and the like to `output`."""
@@ -60,6 +90,14 @@ def open_source(model: str) -> Source:
 
         return GGUFSource(path)
     return SafetensorsSource.open(model, _download(model))
+
+
+def reason(error: BaseException) -> str:
+    """What `error` of transformers says, in short, without its advice to run code."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "trust_remote_code" in str(error):
+        return CODE
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
 
 
 def _download(repo_id: str) -> Path:
@@ -86,52 +124,89 @@ class SafetensorsSource:
     name: str
     directory: Path
     config: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
-    files: dict[str, str]
-    sizes: dict[str, int]
+    tensors: dict[str, TensorInfo]
 
     @classmethod
     def open(cls, name: str, directory: Path) -> SafetensorsSource:
+        """Open `directory`, which the user called `name`.
+
+        Raises:
+            PCDVQError: it holds no such model, or a shard lacks a tensor of the index.
+        """
+        weight_files = _weight_files(directory)
         config = read_json(directory / "config.json")
-        files, shapes, sizes = {}, {}, {}
-        for tensor, file, shape, size in _list_tensors(directory):
-            files[tensor], shapes[tensor], sizes[tensor] = file, shape, size
-        return cls(name, directory, config, shapes, files, sizes)
+        tensors: dict[str, TensorInfo] = {}
+        for file, expected in weight_files.items():
+            found = _read_header(directory / file)
+            if missing := sorted(expected - found.keys()):
+                raise PCDVQError(
+                    f"{directory / file} lacks tensor {missing[0]} ({len(missing)} in all), which "
+                    f"{INDEX_FILE} says it has; get the file again"
+                )
+            if twice := sorted(found.keys() & tensors.keys()):
+                raise PCDVQError(
+                    f"tensor {twice[0]} is in {tensors[twice[0]].file.name} and in {file} of "
+                    f"{directory}; take it out of one of them"
+                )
+            tensors |= found
+        return cls(name, directory, config, tensors)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        return {name: info.dtype for name, info in self.tensors.items()}
+
+    @property
+    def location(self) -> Path:
+        return self.directory
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return sorted({info.file for info in self.tensors.values()})
 
     def load(self, name: str) -> Tensor:
-        with open_tensors(self.directory / self.files[name]) as file:
+        with open_tensors(self.tensors[name].file) as file:
             return file.get_tensor(name)
 
     def bytes(self, name: str) -> int:
-        return self.sizes[name]
+        return self.tensors[name].bytes
+
+    def without(self, names: Collection[str]) -> SafetensorsSource:
+        kept = {name: info for name, info in self.tensors.items() if name not in names}
+        return replace(self, tensors=kept)
 
     def copy_files(self, output: Path) -> None:
-        for path in sorted(self.directory.iterdir()):
-            if not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name in NOT_COPIED:
-                continue
-            if not path.name.endswith(".index.json"):
-                shutil.copyfile(path, output / path.name)
+        copy_files(companions(self.directory), self.directory, output)
 
 
-def _list_tensors(directory: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-    """(name, file, shape, bytes) of every tensor, file by file."""
-    for file in _weight_files(directory):
-        with open_tensors(directory / file) as weights:
-            for name in weights.keys():  # noqa: SIM118
-                view = weights.get_slice(name)
-                shape = tuple(view.get_shape())
-                info = TensorInfo(directory / file, view.get_dtype(), shape)
-                yield name, file, shape, info.bytes
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    with open_tensors(path) as file:
+        views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: TensorInfo(path, view.get_dtype(), tuple(view.get_shape()))
+            for name, view in views.items()
+        }
 
 
-def _weight_files(directory: Path) -> list[str]:
+def _weight_files(directory: Path) -> dict[str, set[str]]:
+    """Files with weights, each with the tensors that the index says it has.
+
+    Raises:
+        PCDVQError: there are none that this package reads.
+    """
     if (directory / INDEX_FILE).is_file():
-        return sorted(read_index(directory)[0])
+        shards, _ = read_index(directory)
+        return {file: shards[file] for file in sorted(shards)}
     if (directory / SINGLE_FILE).is_file():
-        return [SINGLE_FILE]
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
-        raise PCDVQError(
-            f"{directory} holds only pickled weights, which can run code when read; convert them "
-            "with transformers' save_pretrained (it writes safetensors) and try again"
-        )
-    raise PCDVQError(f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+        return {SINGLE_FILE: set()}
+    for pattern, advice in OTHER_CONTENTS.items():
+        if any(directory.glob(pattern)):
+            raise PCDVQError(f"{directory} {advice}")
+    held = "holds" if any(directory.iterdir()) else "is empty: it holds"
+    raise PCDVQError(
+        f"{directory} {held} neither {SINGLE_FILE} nor {INDEX_FILE}; give the directory of a model "
+        "in Hugging Face's layout"
+    )

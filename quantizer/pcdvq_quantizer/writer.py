@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from filelock import FileLock, Timeout
-from pcdvq_kernels.checkpoint import CODEBOOK_FILE, INDEX_FILE
+from pcdvq_kernels.checkpoint import CODEBOOK_FILE, INDEX_FILE, read_json
 from pcdvq_kernels.errors import PCDVQError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
 from pcdvq_quantizer.codebooks import NamedCodebook
+from pcdvq_quantizer.files import save_whole, write_json_whole
 from pcdvq_quantizer.layer import LayerError, QuantizedLayer, StoredLayer
+from pcdvq_quantizer.output import RUN_FILE, Output
 
 SHARD_BYTES = 1 << 30
-RUN_FILE = "run.json"
-LAYER_DIR = "layers"
-# What the user can do something about: space, permissions, a path through a file.
-CANNOT_WRITE = (
-    *(errno.ENOSPC, errno.EDQUOT),
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR),
-)
+LONGEST_NAME = 150
 
 
 @dataclass
@@ -69,81 +63,67 @@ def plan_shards(tensors: Iterable[tuple[str, int]], layer_bytes: dict[str, int])
 class CheckpointWriter:
     """Collects a checkpoint in `output`.partial and moves it to `output` when whole.
 
-    The partial directory holds finished shards, the finished layers of the shard under way, and
-    the description of the run; a run with the same description continues there.
+    The partial directory (`Output`) holds finished shards, the finished layers of the shard under
+    way, and the description of the run; a run with the same description continues there.
     """
 
-    def __init__(self, output: Path, run: dict[str, Any], overwrite: bool) -> None:
+    def __init__(self, output: Output, run: dict[str, Any]) -> None:
         self._output = output
-        self._partial = output.with_name(output.name + ".partial")
-        self._run = json.loads(json.dumps(run))  # as it will be read back: no tuples
-        self._overwrite = overwrite
+        self._run = _as_json(run)
 
     @contextmanager
     def open(self, needed_bytes: int) -> Iterator[CheckpointWriter]:
-        """Lock and prepare the partial directory; turn disk errors into advice.
+        """Lock and prepare the partial directory.
 
         Raises:
-            PCDVQError: `output` exists, another run holds the directory or was started with other
-                options, or the disk is or gets full.
+            PCDVQError: something would be lost at `output`, another run holds the directory or was
+                started with other options, or the disk is or gets full.
         """
-        if self._output.exists() and not self._overwrite:
-            raise PCDVQError(f"{self._output} exists; choose another OUT or pass --overwrite")
-        try:
-            (self._partial / LAYER_DIR).mkdir(parents=True, exist_ok=True)
-            with FileLock(self._partial / "lock", timeout=0):
+        with self._output.locked():
+            try:
                 self._check_run()
                 self._check_space(needed_bytes)
-                try:
-                    yield self
-                finally:
-                    self._remove_if_useless()
-        except Timeout:
-            raise PCDVQError(f"another run is writing {self._partial}; wait for it") from None
-        except (OSError, SafetensorError) as error:
-            # safetensors has no number, only the system's text.
-            full = "No space left" in str(error)
-            if not full and getattr(error, "errno", None) not in CANNOT_WRITE:
-                raise
-            raise PCDVQError(
-                f"cannot write {self._partial}: {error}. Free some space, and the same command "
-                "continues; or choose another place: OUT, for `pcdvq serve` XDG_CACHE_HOME"
-            ) from error
+                yield self
+            finally:
+                self._remove_if_useless()
 
     def _remove_if_useless(self) -> None:
         """Nothing made yet is nothing to resume: the next run may have other options."""
-        if self._partial.exists() and not self._has_work():
-            shutil.rmtree(self._partial)
+        if self._output.partial.exists() and not self._finished_files():
+            self._output.discard()
 
-    def _has_work(self) -> bool:
-        return any(self._partial.rglob("*.safetensors"))
+    def _finished_files(self) -> list[Path]:
+        return list(self._output.partial.rglob("*.safetensors"))
 
     def _check_run(self) -> None:
-        path = self._partial / RUN_FILE
-        if not path.exists() or not self._has_work():
-            write_json_whole(path, self._run)
-            return
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        for key in self._run.keys() | earlier.keys():
-            if self._run.get(key) != earlier.get(key):
+        path = self._output.partial / RUN_FILE
+        if path.exists() and self._finished_files():
+            earlier = read_json(path)
+            for key in sorted(_differences(self._run, earlier)):
                 raise PCDVQError(
-                    f"{self._partial} was begun with {key} = {earlier.get(key)!r}, this run has "
-                    f"{self._run.get(key)!r}; use the same options or delete that directory"
+                    f"{self._output.partial} was begun with {key} = {earlier.get(key)!r}, this "
+                    f"run has {self._run.get(key)!r}; use the same model and options or delete "
+                    "that directory"
                 )
+        else:
+            write_json_whole(path, self._run)
+        for directory in (self.work_directory, self.directory):
+            directory.mkdir(exist_ok=True)
 
     def _check_space(self, needed_bytes: int) -> None:
-        done = sum(path.stat().st_size for path in self._partial.rglob("*.safetensors"))
+        done = sum(path.stat().st_size for path in self._finished_files())
         # The layers of one shard exist twice while the shard is written.
         needed = needed_bytes - done + min(needed_bytes, SHARD_BYTES)
-        free = shutil.disk_usage(self._partial).free
+        partial = self._output.partial
+        free = shutil.disk_usage(partial).free
         if free < needed:
             raise PCDVQError(
-                f"{self._partial} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
+                f"{partial} needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
                 "free some space or choose another OUT"
             )
 
     def is_written(self, shard: Shard) -> bool:
-        return (self._partial / shard.file).exists()
+        return (self.directory / shard.file).exists()
 
     def read_layer(self, name: str) -> StoredLayer | None:
         """A layer that an interrupted run finished, else None."""
@@ -167,7 +147,7 @@ class CheckpointWriter:
         recorded = {name: asdict(error) for name, error in errors.items()}
         write_json_whole(self._summary_path(shard), {"bytes": size, "errors": recorded})
         # One metadata entry only: safetensors writes several in random order.
-        save_whole(tensors, self._partial / shard.file, {"format": "pt"})
+        save_whole(tensors, self.directory / shard.file, {"format": "pt"})
         for name in shard.layers:
             self._layer_path(name).unlink(missing_ok=True)
 
@@ -177,47 +157,66 @@ class CheckpointWriter:
         errors: dict[str, Any] = {}
         total = 0
         for shard in shards:
-            with safe_open(self._partial / shard.file, framework="pt") as file:
+            with safe_open(self.directory / shard.file, framework="pt") as file:
                 weight_map |= dict.fromkeys(file.keys(), shard.file)
             summary = json.loads(self._summary_path(shard).read_text(encoding="utf-8"))
             errors |= summary["errors"]
             total += summary["bytes"]
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json_whole(self._partial / INDEX_FILE, index)
+        write_json_whole(self.directory / INDEX_FILE, index)
         if codebooks:
-            save_codebooks(codebooks, self._partial)
+            save_codebooks(codebooks, self.directory)
         return errors
 
     def write_json(self, file: str, value: Any) -> None:
-        write_json_whole(self._partial / file, value)
+        write_json_whole(self.directory / file, value)
 
     @property
     def work_directory(self) -> Path:
         """Where a run keeps what it needs to resume; gone once the checkpoint is published."""
-        return self._partial / LAYER_DIR
+        return self._output.work
 
     @property
     def directory(self) -> Path:
         """Where files are collected."""
-        return self._partial
+        return self._output.new
 
-    def publish(self) -> AnyCheckpoint:
-        """Check the collected checkpoint as a reader would and move it to `output`."""
-        open_any_checkpoint(self._partial)
-        if self._output.exists():
-            shutil.rmtree(self._output)
-        os.replace(self._partial, self._output)
-        # Only now: a run that is killed before the move still finds all it needs to resume.
-        shutil.rmtree(self._output / LAYER_DIR)
-        (self._output / RUN_FILE).unlink()
-        (self._output / "lock").unlink(missing_ok=True)
-        return open_any_checkpoint(self._output)
+    def publish(self, models: dict[str, Any]) -> AnyCheckpoint:
+        """Check the collected checkpoint as a reader would and move it to `output`.
+
+        Args:
+            models: what the run's description says of models, made anew.
+
+        Raises:
+            PCDVQError: one has changed meanwhile, or something would be lost.
+        """
+        if changed := sorted(_differences(self._run, self._run | _as_json(models))):
+            raise PCDVQError(
+                f"a model has changed since the run began ({changed[0]}); delete "
+                f"{self._output.partial} and start again"
+            )
+        open_any_checkpoint(self.directory)
+        self._output.publish()
+        return open_any_checkpoint(self._output.path)
 
     def _summary_path(self, shard: Shard) -> Path:
-        return self._partial / LAYER_DIR / f"{shard.file}.json"
+        return self.work_directory / f"{shard.file}.json"
 
     def _layer_path(self, name: str) -> Path:
-        return self._partial / LAYER_DIR / f"{name}.safetensors"
+        # Names are a model's: not all would be those of a file in that directory.
+        file = quote(name, safe="")
+        if len(file) > LONGEST_NAME:
+            file = file[:LONGEST_NAME] + hashlib.sha256(name.encode()).hexdigest()
+        return self.work_directory / f"{file}.safetensors"
+
+
+def _as_json(run: dict[str, Any]) -> dict[str, Any]:
+    """`run` as it will be read back: without tuples."""
+    return json.loads(json.dumps(run))
+
+
+def _differences(run: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    return {key for key in run.keys() | other.keys() if run.get(key) != other.get(key)}
 
 
 def save_codebooks(codebooks: list[NamedCodebook], directory: Path) -> None:
@@ -227,19 +226,3 @@ def save_codebooks(codebooks: list[NamedCodebook], directory: Path) -> None:
         tables[f"{named.id}.directions"] = named.codebook.directions.contiguous()
         tables[f"{named.id}.magnitudes"] = named.codebook.magnitudes.contiguous()
     save_whole(tables, directory / CODEBOOK_FILE)
-
-
-def save_whole(
-    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """save_file, but the file appears whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    save_file(tensors, scratch, metadata)
-    os.replace(scratch, path)
-
-
-def write_json_whole(path: Path, value: Any) -> None:
-    """Write `value` to `path`, which appears whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)

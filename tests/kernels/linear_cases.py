@@ -33,9 +33,7 @@ def _e8(pattern_bits: int, magnitude_bits: int) -> CodebookSpec:
 
 
 def _pyramids(code_bits: int, pulses: tuple[int, ...]) -> CodebookSpec:
-    return CodebookSpec(
-        codec="pvq", vector_dim=8, pattern_bits=code_bits, shift=3, pulses=pulses
-    )
+    return CodebookSpec(codec="pvq", vector_dim=8, pattern_bits=code_bits, shift=3, pulses=pulses)
 
 
 # The layouts with a kernel of their own, then ones that take the generic decoder.
@@ -115,7 +113,7 @@ class Case:
 
     def error_scale(self) -> float:
         """Largest product of norms that an output's factors can have: rounding scales with it."""
-        weight_norm = MAX_LEVEL * self.x.shape[-1] ** 0.5 * self.row_scale.max()
+        weight_norm = MAX_LEVEL * self.x.shape[-1] ** 0.5 * self.row_scale.abs().max()
         return (self.x.float().norm(dim=-1).max() * weight_norm).item()
 
     def with_x(self, x: Tensor) -> Case:
@@ -142,10 +140,15 @@ def random_case(
 ) -> Case:
     generator = torch.Generator().manual_seed(m + 1000 * n + k)
     codebook, codewords = random_codebook(codec)
+    x = torch.randn(m, k, generator=generator)
+    shape = codebook.spec.stored_rows(n), codebook.spec.row_bytes(k)
+    qweight = _random_bytes(shape, generator)
+    row_scale = (torch.rand(n, generator=generator) - 0.25) / 48
+    row_scale[6::7] = 0
     return Case(
-        x=torch.randn(m, k, generator=generator),
-        qweight=_random_bytes((codebook.spec.stored_rows(n), codebook.spec.row_bytes(k)), generator),
-        row_scale=torch.rand(n, generator=generator) / 64,
+        x=x,
+        qweight=qweight,
+        row_scale=row_scale,
         signs_in=_random_bytes((k // 8,), generator),
         codebook=codebook,
         codewords=codewords,

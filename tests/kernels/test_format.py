@@ -91,7 +91,9 @@ def test_chains_bit_by_bit(code_bits: int, chain_rows: int) -> None:
                 ends = [(step + 1) * code_bits]
                 if code_bits >= 6:
                     ends.insert(0, step * code_bits + (code_bits + 1) // 2)
-                windows = [int("".join(ring[i % len(ring)] for i in range(e - 16, e)), 2) for e in ends]
+                windows = [
+                    int("".join(ring[i % len(ring)] for i in range(e - 16, e)), 2) for e in ends
+                ]
                 levels = trellis.window_levels(torch.tensor(windows), code_bits).flatten()
                 assert found[place].tolist() == levels.tolist()
 
@@ -102,12 +104,14 @@ def test_golden_trellis_bytes() -> None:
     qweight = torch.zeros(64, 4, dtype=torch.uint8)  # K = 16
     qweight[0, 1], qweight[63, 1] = 0x21, 0x43  # pairs 2 and 3
     levels = reference.decode_levels(qweight, codebook, 16)
-    assert levels[0, 4:8].tolist() == trellis.window_levels(
-        torch.tensor([0x0031, 0x0042]), 4
-    ).flatten().tolist()
-    assert levels[1, 4:8].tolist() == trellis.window_levels(
-        torch.tensor([0x0310, 0x0420]), 4
-    ).flatten().tolist()
+    assert (
+        levels[0, 4:8].tolist()
+        == trellis.window_levels(torch.tensor([0x0031, 0x0042]), 4).flatten().tolist()
+    )
+    assert (
+        levels[1, 4:8].tolist()
+        == trellis.window_levels(torch.tensor([0x0310, 0x0420]), 4).flatten().tolist()
+    )
     assert (levels[:, :4] == -128).all()
 
 

@@ -1,5 +1,6 @@
 """`pcdvq eval --backend vllm` gives the figures of `--backend hf`."""
 
+import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from models import change_config, save_model, tiny_config
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
+from pcdvq_quantizer.evaluation.files import ModelFiles
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
 from pcdvq_quantizer.vptq.plan import VPTQOptions
@@ -68,9 +70,23 @@ def test_vllm_serves_what_vptq_makes(engine: ProcessPoolExecutor, tmp_path: Path
     assert (expected.weights, found.weights) == ("dense", "packed")
 
 
-def test_windows_that_vllm_has_no_room_for(tmp_path: Path) -> None:
+def test_what_vllm_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It generates a token after each window and line: windows give way, lines are refused."""
     original = save_model(tmp_path / "tiny", tiny_config())
     (tmp_path / "text").write_text("a" * 256)
+    started: list[int] = []
+
+    def start(files: ModelFiles, dtype: str, longest: int) -> None:
+        started.append(longest)
+        raise InterruptedError
+
     options = EvaluateOptions(text=tmp_path / "text", window=256, backend="vllm")
+    with monkeypatch.context() as patch:
+        patch.setattr("pcdvq_quantizer.evaluation.run.VLLMModel", start)
+        with pytest.raises(InterruptedError):
+            evaluate(str(original), options)
+    assert started == [255]
+    (tmp_path / "lines").write_text(json.dumps({"text": "a " * 126 + "last"}))
+    options = EvaluateOptions(("lambada",), lambada=tmp_path / "lines", backend="vllm")
     with pytest.raises(PCDVQError, match="takes 256 tokens, this evaluation needs 257"):
         evaluate(str(original), options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,19 @@ def exchange(processes: Processes, progress: Progress) -> None:
     if processes.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
+
+
+def lose_a_process(processes: Processes, progress: Progress, late: bool) -> None:
+    """Process 1 is killed, before or after what process 0 says of lost connections."""
+    if processes.rank == 1:
+        time.sleep(2 * late)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(2 * (not late))
+    raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
+
+
+def fail(processes: Processes, progress: Progress) -> None:
+    raise RuntimeError("of its own")
 
 
 def quantize_all(

@@ -16,12 +16,10 @@ from pcdvq_kernels.reference import dequantize
 from pcdvq_quantizer.calibration import run as calibration
 from pcdvq_quantizer.calibration.decoder import LayeredModel
 from pcdvq_quantizer.calibration.ldlq import cholesky_feedback, ldlq
-from pcdvq_quantizer.calibration.replay import Replay, run_original
 from pcdvq_quantizer.calibration.stage import quantize_stage
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.calibration.text import (
     load_tokenizer,
-    read_documents,
     sample_windows,
     tokenize,
 )
@@ -29,7 +27,6 @@ from pcdvq_quantizer.codebooks import get_codebook
 from pcdvq_quantizer.layer import quantize_linear
 from pcdvq_quantizer.plan import QuantizeOptions, input_signs, make_plan
 from pcdvq_quantizer.run import quantize_model
-from pcdvq_quantizer.selection import select_layers
 from pcdvq_quantizer.sources import open_source
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -166,58 +163,6 @@ def test_rotated_statistics_are_those_of_rotated_inputs() -> None:
     torch.testing.assert_close(rotated.hessian, square, rtol=1e-4, atol=1e-4)
 
 
-STAGES = {
-    "llama": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
-    "qwen2": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
-    "qwen3": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
-    "olmo2": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
-    "gemma3_text": [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)],
-    "phi3": [("qkv",), ("o",), ("gate_up",), ("down",)],
-    "falcon_h1": [("in",), ("out",), ("q", "k", "v"), ("o",), ("up", "gate"), ("down",)],
-}
-# Those that norm what they add to the residual stream, or add two things at once.
-ADD_NO_LINEAR = ("gemma3_text", "olmo2", "falcon_h1")
-FALCON_H1 = {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16}
-
-
-@pytest.mark.parametrize("model_type", STAGES)
-def test_replay_of_an_unchanged_layer_is_its_forward(model_type: str, tmp_path: Path) -> None:
-    extra = {"pad_token_id": 0} if model_type in ("phi3", "olmo2") else {}
-    extra |= {"head_dim": 16, "sliding_window": 16} if model_type == "gemma3_text" else {}
-    extra |= {**FALCON_H1, "head_dim": 16} if model_type == "falcon_h1" else {}
-    source = open_source(str(save_model(tmp_path / "model", tiny_config(model_type, **extra))))
-    linears = select_layers(source).linears
-    model = LayeredModel(source, linears, torch.device("cpu"))
-    tokens = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    with torch.no_grad():
-        expected = reference(tokens, output_hidden_states=True)
-        hidden, calls = model.embed(tokens)
-        torch.testing.assert_close(hidden, expected.hidden_states[0])
-        for index, name in enumerate(model.layers):
-            inner = [n.removeprefix(f"{name}.") for n in linears if n.startswith(f"{name}.")]
-            layer = model.load(index)
-            output, stages = run_original(layer, calls[index], hidden, inner)
-            kinds = [
-                tuple(n.split(".")[-1].removesuffix("_proj") for n in s.linears) for s in stages
-            ]
-            assert kinds == STAGES[model_type]
-            adds = [stage.residual is not None for stage in stages]
-            assert adds == [False, model_type not in ADD_NO_LINEAR] * (len(stages) // 2)
-            replay = Replay(layer, calls[index], hidden, stages)
-            for number, stage in enumerate(stages):
-                for x, original in zip(replay.inputs(number), stage.inputs, strict=True):
-                    torch.testing.assert_close(x, original)
-                if stage.residual is not None:
-                    for stream, original in zip(replay.residual, stage.residual, strict=True):
-                        torch.testing.assert_close(stream, original)
-            torch.testing.assert_close(replay.output(), output)
-            model.unload(index)
-            hidden = output
-        logits = torch.stack([model.logits(row) for row in hidden])
-        torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-5)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model") / "tiny", tiny_config(num_hidden_layers=3))
@@ -313,26 +258,6 @@ def test_windows(model: Path) -> None:
     assert sample_windows(tokenizer, [[5] * 20], 9, 7).shape == (2, 7)
     with pytest.raises(PCDVQError, match="6 tokens, less than one window of 7"):
         sample_windows(tokenizer, [[5] * 6], 3, 7)
-
-
-def test_bad_calibration_text(tmp_path: Path) -> None:
-    path = tmp_path / "text"
-
-    def refused(content: bytes, match: str, name: str = "text") -> None:
-        path = tmp_path / name
-        path.write_bytes(content)
-        with pytest.raises(PCDVQError, match=match):
-            read_documents(str(path))
-
-    refused(b"", "is empty")
-    refused(b" \n", "is empty")
-    refused(b"\xff\xfe\x00", "not UTF-8")
-    refused(b"text\0text", "NUL")
-    refused(b'{"content": "x"}', "no string field 'text' .found fields content", "a.jsonl")
-    refused(b"[1]", "no string field 'text' .found list", "a.jsonl")
-    refused(b'{"text": "x"}\n{', "line 2 is not JSON", "a.jsonl")
-    path.with_suffix(".jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
-    assert read_documents(str(path.with_suffix(".jsonl"))) == ["one", "two"]
 
 
 def test_nan_activations_name_the_layer(model: Path, text: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from pcdvq_kernels.checkpoint import (
     INDEX_FILE,
     MOST_JSON_BYTES,
     REPORT_FILE,
+    _unique,
     open_checkpoint,
+    open_tensors,
 )
 from pcdvq_kernels.errors import CheckpointError
 from pcdvq_quantizer.inspection import inspect_checkpoint
@@ -79,6 +82,41 @@ def test_extra_tensor(copy: Path, index: bool) -> None:
     change_tensors(copy, lambda tensors: tensors.update(other=torch.zeros(3)), index)
     with pytest.raises(CheckpointError, match=r"unexpected tensor other|all tensors take"):
         open_checkpoint(copy)
+
+
+def change_index(directory: Path, change: Callable[[dict], object]) -> None:
+    index = json.loads((directory / INDEX_FILE).read_text())
+    change(index)
+    (directory / INDEX_FILE).write_text(json.dumps(index))
+
+
+def test_total_size(copy: Path) -> None:
+    change_index(copy, lambda index: index["metadata"].update(total_size=1))
+    with pytest.raises(CheckpointError, match="all tensors take 1 bytes"):
+        open_checkpoint(copy)
+    change_index(copy, lambda index: index["metadata"].clear())
+    assert open_checkpoint(copy).layers
+    change_index(copy, lambda index: index.pop("metadata"))
+    assert open_checkpoint(copy).layers
+
+
+def header_with_two_entries(path: Path, offsets: list[int]) -> Path:
+    """A file with tensor `name` [2, 4] in its first 8 bytes, and `name` [8] at `offsets`."""
+    entries = [
+        json.dumps({"dtype": "U8", "shape": shape, "data_offsets": place})
+        for shape, place in (([2, 4], [0, 8]), ([8], offsets))
+    ]
+    header = f'{{"name": {entries[0]}, "name": {entries[1]}}}'.encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(offsets[1]))
+    return path
+
+
+def test_name_twice_in_a_header(tmp_path: Path) -> None:
+    with open_tensors(header_with_two_entries(tmp_path / "same", [0, 8])) as file:
+        assert file.get_slice("name").get_shape() == [8]
+    path = header_with_two_entries(tmp_path / "other", [8, 16])
+    with pytest.raises(CheckpointError, match="cannot be read"), open_tensors(path):
+        pass
 
 
 def test_embedding_that_is_no_layer(copy: Path) -> None:
@@ -149,6 +187,7 @@ def test_truncated_or_missing_file(copy: Path, file: str, keep: float | None) ->
         (lambda config: config["hadamard_blocks"].update({"64": 48}), "power of two"),
         (lambda config: config["hadamard_blocks"].update({"64": 128}), "divides 64"),
         (lambda config: config["hadamard_blocks"].pop("64"), "input size 64"),
+        (lambda config: config["hadamard_blocks"].update({"12": 4}), "12.* is not an input size"),
         (lambda config: config.update(max_tp=0), "max_tp"),
         (lambda config: config.pop("codebooks"), "codebooks"),
     ],
@@ -208,6 +247,42 @@ def test_not_a_regular_file(copy: Path, file: str, make: Callable[[Path], None])
 def test_json_too_large(copy: Path) -> None:
     os.truncate(copy / INDEX_FILE, MOST_JSON_BYTES + 1)  # a hole: takes no space
     with pytest.raises(CheckpointError, match="over the limit"):
+        open_checkpoint(copy)
+
+
+def test_keys_are_compared_once_each() -> None:
+    """However many a file has, with one of them there twice."""
+
+    class Key(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Key.compared += 1
+            return str.__eq__(self, other)
+
+    pairs = [(Key(number), 0) for number in range(2000)] + [(Key(1999), 0)]
+    with pytest.raises(ValueError, match="'1999' is there twice"):
+        _unique(pairs)
+    assert Key.compared < 4000
+    assert _unique(pairs[:-1]) == dict(pairs)
+
+
+def test_nested_too_deep(copy: Path) -> None:
+    (copy / INDEX_FILE).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        open_checkpoint(copy)
+
+
+def test_file_with_holes(copy: Path) -> None:
+    """4 TiB of which next to nothing is on the disk."""
+    side = 1 << 20
+    name = "model.norm.weight"
+    entry = {"dtype": "F32", "shape": [side, side], "data_offsets": [0, 4 * side * side]}
+    header = json.dumps({name: entry}).encode()
+    (copy / SHARD).write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(copy / SHARD, 8 + len(header) + 4 * side * side)
+    with pytest.raises(CheckpointError, match=r"has 4398\d+ bytes|lacks tensor"):
         open_checkpoint(copy)
 
 

@@ -296,7 +296,6 @@ def test_bad_input(checkpoint: Path, options: FinetuneOptions, tmp_path: Path) -
     refused("--windows-per-step is 0", windows_per_step=0)
     refused("--minutes", minutes=0.0)
     refused("--learning-rate is 2", learning_rate=2.0)
-    refused("takes 256 tokens", sequence_length=512, tokens=512)
     refused("62 windows of 48 tokens, 99 are held out", holdout=99)
     refused("less than one window", calibration=_short_text(tmp_path), tokens=960)
     refused("neither a local directory", reference=str(tmp_path / "missing"))

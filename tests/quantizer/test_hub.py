@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import yaml
 from hub import TOKEN, Hub, running_hub
+from markdown_it import MarkdownIt
 from models import save_model, tiny_config
 from pcdvq_kernels.checkpoint import REPORT_FILE
 from pcdvq_kernels.errors import PCDVQError
@@ -82,6 +86,7 @@ def test_push(hub: Hub, checkpoint: Path, evaluation: Path) -> None:
     repository = hub.repositories[REPO]
     local = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     assert repository.files == local
+    assert {"config.json", "tokenizer.json", REPORT_FILE, "README.md"} <= local.keys()
     assert not repository.private
     assert (
         "| out | perplexity | 21.137 | 0.800 | wiki.raw, 40 windows" in local["README.md"].decode()
@@ -91,6 +96,34 @@ def test_push(hub: Hub, checkpoint: Path, evaluation: Path) -> None:
     assert repository.files == {**local, "notes.txt": b"mine"}
     with pytest.raises(PCDVQError, match=f"{REPO} exists and is public"):
         push(checkpoint, REPO, private=True)
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_only_what_belongs_to_a_checkpoint_is_uploaded(
+    hub: Hub, checkpoint: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(checkpoint, tmp_path / "out")
+    files = {path.name for path in out.iterdir()}
+    (out / "photos").mkdir()
+    for name in (
+        ".env",
+        "id_rsa",
+        "evil.py",
+        "x.pkl",
+        "run.json",
+        "photos/a.json",
+        "old.safetensors",
+    ):
+        (out / name).write_text("mine")
+    (out / "LICENSE").write_text("Apache")
+    push(out, "someone/clean")
+    assert hub.repositories["someone/clean"].files.keys() == {*files, "LICENSE"}
+    (out / "LICENSE").unlink()
+    (out / "LICENSE").symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("mine")
+    with pytest.raises(PCDVQError, match=r"LICENSE is a link to .* put the file itself there"):
+        push(out, "someone/linked")
+    assert "someone/linked" not in hub.repositories
 
 
 @pytest.mark.usefixtures("logged_in")
@@ -150,6 +183,75 @@ def test_card(checkpoint: Path, evaluation: Path) -> None:
     weights = 2 * (64 * 64 * 2 + 32 * 64 + 3 * 64 * 192)
     assert f"({2 * weights / 2**20:.1f} MiB at 16 bits per weight)" in card
     assert str(checkpoint.parent) not in card
+
+
+EVIL = "a|b<script>alert(1)</script> `x` [l](u) *b*\n---\n```\n# h \x1b[2J"
+
+
+def rendered(card: str) -> str:
+    return MarkdownIt("commonmark", {"html": True}).enable("table").render(card)
+
+
+def test_names_do_nothing_in_the_card(checkpoint: Path, tmp_path: Path) -> None:
+    """Whatever a checkpoint, a record or a file of figures calls things, it is text."""
+    out = shutil.copytree(checkpoint, tmp_path / "out")
+    record = json.loads((out / REPORT_FILE).read_text())
+    write_model_card(out)
+    plain_card = rendered((out / "README.md").read_text().split("\n---\n", 1)[1])
+    name = EVIL.replace("/", "")  # which only the last part of a path is shown of
+    options = {"calibration": EVIL, "skip": [EVIL], "seed": 0, EVIL: EVIL}
+    (out / REPORT_FILE).write_text(json.dumps({**record, "model": name, "options": options}))
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = [EVIL.split("\n")[0]]
+    (out / "config.json").write_text(json.dumps(config))
+    report = EvaluationReport(
+        name, "hf", EVIL, EVIL,
+        Protocol(DataFile(EVIL, EVIL), 64, 5, None, None, bos=False),
+        Perplexity(21.1, 0.8, 3.05, 40, 81880, 9.0), None, None, 1.0, {},
+    )  # fmt: skip
+    (tmp_path / "eval.json").write_text(report.to_json())
+    write_model_card(out, [tmp_path / "eval.json"])
+    card = (out / "README.md").read_text()
+    assert "\x1b" not in card
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert "base_model" not in yaml.safe_load(front)
+    page = rendered(body)
+    for tag in ("<script", "<em>", '<a href="u', "<hr"):
+        assert tag not in page
+    for tag in ("<h1>", "<pre>", "<table>", "<tr>"):
+        added = 1 if tag == "<table>" else 2 if tag == "<tr>" else 0  # the figures
+        assert page.count(tag) == plain_card.count(tag) + added, tag
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    assert {row.count("<td>") for row in rows} <= {0, 2, 5}
+    assert page.count("&lt;script&gt;") >= 4
+
+
+@pytest.mark.parametrize(
+    ("record", "commands"),
+    [
+        ({}, 0),
+        ({"options": {"seed": 0}}, 1),
+        ({"model": "m", "options": {"seed": float("nan"), "skip": [1, [2]], "a": None}}, 1),
+        ({"model": "", "finetune": {}}, 1),
+    ],
+)
+def test_card_of_a_sparse_record(
+    checkpoint: Path, tmp_path: Path, record: dict, commands: int
+) -> None:
+    out = shutil.copytree(checkpoint, tmp_path / "out")
+    (out / REPORT_FILE).write_text(json.dumps(record))
+    write_model_card(out)
+    assert (out / "README.md").read_text().count("\npcdvq ") == commands
+
+
+@pytest.mark.parametrize(
+    "record", [{"options": []}, {"model": 7}, {"finetune": []}, {"errors": {"a": {"weight": "x"}}}]
+)
+def test_card_of_an_odd_record(checkpoint: Path, tmp_path: Path, record: dict) -> None:
+    out = shutil.copytree(checkpoint, tmp_path / "out")
+    (out / REPORT_FILE).write_text(json.dumps(record))
+    with pytest.raises(PCDVQError, match="is not the record of a run"):
+        write_model_card(out)
 
 
 def test_recorded_options_are_options(checkpoint: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pcdvq_kernels import reference
 from pcdvq_quantizer.codebooks import OFFERED, get_codebook
-from pcdvq_quantizer.layer import quantize_linear
+from pcdvq_quantizer.layer import ErrorSum, LayerError, quantize_linear
 from pcdvq_quantizer.plan import input_signs
 
 
@@ -48,6 +48,23 @@ def test_zero_and_tiny_rows_stay_finite() -> None:
     layer = quantize_linear(weight, get_codebook("signed", 2.0), input_signs(64, 0), 64)
     assert layer.row_scale.isfinite().all()
     assert layer.row_scale[0] == 0
+
+
+def test_error_of_a_layer_of_zeros() -> None:
+    layer = quantize_linear(
+        torch.zeros(16, 64), get_codebook("trellis", 2.0), input_signs(64, 0), 64
+    )
+    assert layer.error == LayerError(0.0, 0.0)
+    errors = ErrorSum(8)
+    errors.add(torch.zeros(1, 8), torch.ones(1, 8))
+    assert errors.total(0.0).weight == 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-3, 1e12])
+def test_relative_error_does_not_depend_on_the_size_of_weights(scale: float) -> None:
+    weight = scale * torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    layer = quantize_linear(weight, get_codebook("trellis", 2.0), input_signs(64, 0), 64)
+    assert 0.05 < layer.error.weight < 0.12
 
 
 @pytest.mark.parametrize(("codec", "bits"), [("signed", 2.25), ("trellis", 2.0)])

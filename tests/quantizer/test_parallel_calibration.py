@@ -9,9 +9,10 @@ import pcdvq_quantizer.hf  # noqa: F401 transformers then loads PCDVQ checkpoint
 import pytest
 import torch
 from models import save_model, tiny_config
-from parallel_work import exchange, quantize_all
+from parallel_work import exchange, fail, lose_a_process, quantize_all
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import cli
+from pcdvq_quantizer import launch as launching
 from pcdvq_quantizer.calibration import experts
 from pcdvq_quantizer.calibration.decoder import LayeredModel
 from pcdvq_quantizer.calibration.parallel import Processes
@@ -133,6 +134,19 @@ def test_exchange_and_a_killed_process() -> None:
     with pytest.raises(PCDVQError, match="exit code -9"):
         launch(2, exchange, (), notes)
     assert notes.notes == ["0 of 2"]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["first seen", "last seen"])
+def test_a_killed_process_is_the_reason(late: bool) -> None:
+    """Whether its end is seen before the failure of the others' connections or after it."""
+    with pytest.raises(PCDVQError, match=r"exit code -9 \(killed, for want of memory\?\)"):
+        launch(3, lose_a_process, (late,), Notes())
+
+
+def test_error_without_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "DEATH_SECONDS", 0.1)
+    with pytest.raises(RuntimeError, match="of its own"):
+        launch(2, fail, (), Notes())
 
 
 def test_error_of_one_process_is_one_line(

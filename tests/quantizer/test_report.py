@@ -14,11 +14,16 @@ from pcdvq_kernels.checkpoint import REPORT_FILE, open_checkpoint
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import cli
 from pcdvq_quantizer.codebooks import codebooks_at_hand, get_codebook
+from pcdvq_quantizer.identity import weights_sha256
+from pcdvq_quantizer.inspection import inspect_checkpoint
 from pcdvq_quantizer.plan import NONE, QuantizeOptions, make_plan
+from pcdvq_quantizer.record import RunRecord
 from pcdvq_quantizer.report import write_report
 from pcdvq_quantizer.report.evaluations import read_evaluations
-from pcdvq_quantizer.report.record import read_record
+from pcdvq_quantizer.report.record import _place, read_record
 from pcdvq_quantizer.run import quantize_model
+from pcdvq_quantizer.sources import open_source
+from safetensors.torch import load_file, save_file
 
 LAYERS, KINDS = 3, 7
 UP = "model.layers.1.mlp.up_proj"
@@ -241,11 +246,11 @@ def test_where_evaluations_find_bits(checkpoint: Path, tmp_path: Path) -> None:
         "reference_perplexity": 19.5, "windows": 5, "tokens": 315, "seconds": 1.0,
     }  # fmt: skip
     file = evaluation(tmp_path / "a.json", "/gone/tiny", 23.0, kl=kl)
-    found = read_evaluations([file], "org/original")
+    found = read_evaluations([file], RunRecord(model="org/original"))
     assert found
     assert [each.bits for each in found.quantized] == [open_checkpoint(other).bits_per_weight]
     assert [(each.model, each.perplexity) for each in found.references] == [("org/original", 19.5)]
-    assert read_evaluations([], "org/original") is None
+    assert read_evaluations([], RunRecord()) is None
 
 
 def test_bad_evaluations(checkpoint: Path, tmp_path: Path) -> None:
@@ -284,6 +289,87 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
     (other / REPORT_FILE).unlink()
     with pytest.raises(PCDVQError, match=r"pcdvq_report\.json is missing.*quantize again"):
         write_report(other)
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("figure", [NAN, INFINITE, 0.0, -1.0, 1e308, 5e-324])
+def test_odd_figures(checkpoint: Path, tmp_path: Path, figure: float) -> None:
+    """They are shown as they are, and plots leave them out."""
+    other = copied(checkpoint, tmp_path)
+    change_record(
+        other,
+        lambda record: [
+            error.update(weight=figure, direction=figure, output=figure)
+            for error in record["errors"].values()
+        ],
+    )
+    perplexity = {
+        "perplexity": figure, "perplexity_stderr": figure, "nll": 3.0, "windows": 5, "tokens": 315,
+        "seconds": 1.0,
+    }  # fmt: skip
+    files = (
+        evaluation(tmp_path / "a.json", other, 0.0, perplexity=perplexity),
+        evaluation(tmp_path / "b.json", checkpoint.parent / "original", 0.0, perplexity=perplexity),
+    )
+    page = Page(write_report(other, tmp_path / "page.html", files))
+    assert len(page.plots) == PLOTS + 1
+    shown = f"{figure:.5f}" if abs(figure) < 10 else f"{figure:.3g}"
+    assert page.row(UP)[3] == shown
+    assert inspect_checkpoint(other).to_json().count("NaN") == 0
+
+
+def test_record_without_a_model(checkpoint: Path, tmp_path: Path) -> None:
+    other = copied(checkpoint, tmp_path)
+    change_record(other, lambda record: [record.pop(key) for key in ("model", "options")])
+    assert Page(write_report(other)).row("original") == ["a model without a name"]
+    change_record(other, lambda record: record.update(options=["a"]))
+    with pytest.raises(PCDVQError, match=r"record of this release \(options: "):
+        write_report(other)
+
+
+@pytest.mark.parametrize("digits", [1, 6, 7, 400, 5000])
+def test_numbers_of_layers(digits: int) -> None:
+    number, kind = _place(f"model.layers.{'7' * digits}.mlp.up_proj")
+    assert kind == "up_proj"
+    assert number == (int("7" * digits) if digits < 7 else None)
+
+
+def test_names_are_no_formulas(checkpoint: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "$x^$ & <script>")
+    page = Page(write_report(other, None, (evaluation(tmp_path / "a.json", other, 23.0),)))
+    assert "<script" not in page.text
+    assert "$x^$ &amp; &lt;script" in page.plots["Perplexity by bits per weight"]
+
+
+def test_evaluations_know_models_by_their_weights(checkpoint: Path, tmp_path: Path) -> None:
+    """Two of one name are two; the original is known by another name; a changed one is not."""
+    original = checkpoint.parent / "original"
+    run = read_record(checkpoint).run
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other" / "tiny"))
+    weights = load_file(other / "model-00001-of-00001.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model-00001-of-00001.safetensors", {"format": "pt"})
+    shutil.copytree(original, tmp_path / "renamed")
+    files = [
+        evaluation(
+            tmp_path / f"{number}.json",
+            model,
+            20.0 + number,
+            model_sha256=weights_sha256(open_source(str(model))),
+        )
+        for number, model in enumerate((checkpoint, other, tmp_path / "renamed"))
+    ]
+    found = read_evaluations(files, run)
+    assert found
+    assert [each.perplexity for each in found.quantized] == [20.0, 21.0]
+    assert [each.perplexity for each in found.references] == [22.0]
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model-00001-of-00001.safetensors", {"format": "pt"})
+    with pytest.raises(PCDVQError, match="as it was evaluated"):
+        read_evaluations(files, run)
 
 
 def test_only_its_own_pages_are_replaced(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from models import save_model, tiny_config
 from pcdvq_kernels.checkpoint import open_checkpoint
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import cli, serving
+from pcdvq_quantizer.redaction import redacted
 from typer.testing import CliRunner, Result
 
 
@@ -42,7 +43,9 @@ def serve(*arguments: object) -> Result:
 
 def test_quantizes_once_and_passes_options_on(model: Path, calls: list) -> None:
     options = ("--bits", "2", "--calibration", "none", "--port", "9", "--enforce-eager")
-    assert isinstance(serve(model, *options).exception, Started)
+    made = serve(model, *options)
+    assert isinstance(made.exception, Started)
+    assert "MiB before" in made.output
     assert isinstance(serve(model, *options).exception, Started)
     (command, environment), (again, _) = calls
     assert command == again
@@ -92,6 +95,64 @@ def test_cache_that_cannot_be_written(
     assert isinstance(result.exception, PCDVQError)
     assert "XDG_CACHE_HOME" in str(result.exception)
     assert not calls
+
+
+def test_secrets_are_not_shown(
+    model: Path, calls: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in the command that is shown, nor in an error; vLLM gets them."""
+    options = ("--calibration", "none", "--api-key", "hush1", "hush2", "--port", "9")
+    result = serve(model, *options, "--hf-token=hush3")
+    assert isinstance(result.exception, Started)
+    assert "hush" not in result.output
+    assert "--api-key '***' '***' --port 9" in result.output
+    assert calls[0][0][-5:] == ["hush1", "hush2", "--port", "9", "--hf-token=hush3"]
+
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(os, "execvpe", fail)
+    for arguments in ((model, *options), ("--api-key=hush1", model)):
+        monkeypatch.setattr("sys.argv", ["pcdvq", "serve", *map(str, arguments)])
+        with pytest.raises(SystemExit):
+            cli.main()
+        shown = capsys.readouterr()
+        assert "hush" not in shown.out + shown.err
+        assert "error: " in shown.err
+
+
+def test_model_in_brackets(calls: list) -> None:
+    """The name is no markup."""
+    assert isinstance(serve("[/red]").exception, PCDVQError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ("--api-key a b --port 9", "--api-key *** *** --port 9"),
+        ("--api_key=a --hf-token b", "--api_key=*** --hf-token ***"),
+        ("--api-k a --api a --hf-tok a", "--api-k *** --api *** --hf-tok ***"),
+        ("--api-key -a -b --port 9", "--api-key *** *** --port 9"),
+        ("--additional-config.api_key=a", "--additional-config.api_key=***"),
+        ('--x {"apiKey":"a","b":[{"token":"c"}],"d":1}',
+         '--x {"apiKey": "***", "b": [{"token": "***"}], "d": 1}'),
+        ("--x {damaged", "--x ***"),
+        ("--url https://me:a@host/x?token=a&n=1", "--url https://***@host/x?token=***&n=1"),
+        ("--url hf_aaaaaaaaaaaa", "--url ***"),
+        ("--max-num-batched-tokens 9 --tokenizer t -tp 2 -O3 --spec-tokens 4",
+         "--max-num-batched-tokens 9 --tokenizer t -tp 2 -O3 --spec-tokens 4"),
+        ("--port 8000 --model org/name --hf-overrides a=1",
+         "--port 8000 --model org/name --hf-overrides a=1"),
+    ],
+)  # fmt: skip
+def test_what_of_options_is_shown(arguments: str, shown: str) -> None:
+    words = arguments.split(" ")
+    assert list(redacted(words)) == (shown.split(" ") if '{"' not in shown else ["--x", shown[4:]])
+
+
+def test_header_with_a_secret() -> None:
+    shown = redacted(["Authorization: Bearer abc", "x-api-key: abc"])
+    assert list(shown) == ["Authorization: *** ***", "x-api-key: ***"]
 
 
 def test_without_vllm(model: Path, monkeypatch: pytest.MonkeyPatch, calls: list) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import heapq
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pcdvq_kernels.checkpoint import read_json
 from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
 
@@ -93,7 +93,7 @@ def choose_rates(
         names, seed = plan.selection.linears, plan.options.seed
         measured = measure_sensitivity(model, windows, names, seed, progress)
         write_json_whole(path, _rates(plan, measured))
-    rates = json.loads(path.read_text(encoding="utf-8"))
+    rates = read_json(path)
     chosen = {name: plan.codebook(name, rate) for name, rate in rates.items()}
     return replace(plan, codebooks=plan.codebooks | chosen)
 

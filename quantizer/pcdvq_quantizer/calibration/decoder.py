@@ -12,10 +12,11 @@ import torch
 from accelerate import init_empty_weights
 from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pcdvq_quantizer.experts import separate_experts
-from pcdvq_quantizer.selection import hf_config
+from pcdvq_quantizer.selection import hf_config, names_in_model
 from pcdvq_quantizer.sources import Source
 
 
@@ -41,13 +42,20 @@ class LayeredModel:
         # Parameters are on the meta device; buffers such as rotary frequencies are real.
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                hf_config(source.config), dtype=torch.float32
+                hf_config(source.config), dtype=torch.float32, trust_remote_code=False
             )
         separate_experts(self.model, source.shapes)
+        names = names_in_model(self.model, source.shapes)
+        self._stored = {loaded: stored for stored, loaded in names.items()}
+        self._stored |= {stored: stored for stored in names}  # as `separate_experts` has them
         self.model.eval()
         self.prefix, self._stack = _decoder_layers(self.model, set(linears), source.name)
         self._base = self.model.get_submodule(self.prefix.rpartition(".")[0])
         self.layers = [f"{self.prefix}.{index}" for index in range(len(self._stack))]
+
+    def check(self) -> None:
+        """Raises PCDVQError if decoder layers hand on more than one stream of hidden states."""
+        _ = self._tuples
 
     def embed(self, tokens: Tensor, embedding: Tensor | None = None) -> tuple[Tensor, list[Call]]:
         """The input of the first decoder layer, and how each layer is called.
@@ -58,6 +66,9 @@ class LayeredModel:
 
         Returns:
             (hidden fp32 [S, T, H], a `Call` for each layer; calls fit any row of `tokens`).
+
+        Raises:
+            PCDVQError: as `check`; or a parameter is not stored.
         """
         recorders = [_Recorder(self._tuples) for _ in self._stack]
         hidden = []
@@ -72,10 +83,18 @@ class LayeredModel:
         return torch.cat(hidden), [recorder.call for recorder in recorders]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [T, V] of hidden states [T, H] that come out of the last decoder layer."""
-        self._materialize_except_layers()
-        with self._instead_of_layers([_Recorder(self._tuples) for _ in self._stack]):
-            return self.model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        """Logits [T, V] of hidden states [T, H] that come out of the last decoder layer.
+
+        Raises:
+            PCDVQError: a parameter, such as the output head, is not stored.
+        """
+        recorders = [_Recorder(self._tuples) for _ in self._stack]
+        # Not as inputs_embeds: models may norm them, or add positions.
+        recorders[-1].output = hidden[None]
+        with self._instead_of_layers(recorders):
+            self._require_head()
+            tokens = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
+            return self.model(input_ids=tokens, use_cache=False).logits[0]
 
     def load(self, index: int) -> nn.Module:
         """Decoder layer `index` with its weights, fp32.
@@ -104,8 +123,13 @@ class LayeredModel:
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
-        """The whole model in memory, for a while."""
+        """The whole model in memory, for a while.
+
+        Raises:
+            PCDVQError: a parameter, such as the output head, is not stored.
+        """
         self._materialize_except_layers()
+        self._require_head()
         for index in range(len(self.layers)):
             self.load(index)
         yield self.model.to(self.device)
@@ -114,27 +138,83 @@ class LayeredModel:
 
     @cached_property
     def _tuples(self) -> bool:
-        """Whether decoder layers return tuples, of which the hidden states are the first."""
-        recorders = [_Recorder(tuples=False) for _ in self._stack]
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        """Whether decoder layers return tuples, of which the hidden states are the first.
+
+        Raises:
+            PCDVQError: it is another thing that they return, or they read something else, too,
+                that depends on the text.
+        """
+        if self._misfit(tuples=False) is None:
+            return False
+        if reason := self._misfit(tuples=True):
+            raise self._unknown(reason)
+        return True
+
+    def _misfit(self, tuples: bool) -> str | None:
+        """Why layers that return tuples, or do not, are not those of this model, tried on tokens.
+
+        Raises:
+            PCDVQError: as `_tuples`.
+        """
+        calls = []
+        for token in range(2):
+            recorders = [_Recorder(tuples) for _ in self._stack]
+            misfit = self._try(torch.full((1, 1), token, device=self.device), recorders)
+            if recorders[0].hidden.dim() not in (0, 3):
+                raise self._unknown("they hand on several streams of hidden states")
+            if misfit is not None:
+                return misfit
+            calls.append([recorder.call for recorder in recorders])
+        if not all(map(_same, *calls)):
+            raise self._unknown("they read more of the text than hidden states")
+        return None
+
+    def _try(self, tokens: Tensor, recorders: list[_Recorder]) -> str | None:
+        """Why the model does not run with `recorders` for its layers, None if it does."""
         with self._instead_of_layers(recorders):
             try:
-                self._base(input_ids=token, use_cache=False)
-            except ValueError:  # a tensor [1, 1, H] has not as many parts as the tuple
-                return True
-        return recorders[-1].hidden.dim() != 3
+                self._base(input_ids=tokens, use_cache=False)
+            except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+                # Such as for a tensor [1, 1, H], which has not as many parts as the tuple.
+                return f"{type(error).__name__}: {error}"
+        if any(recorder.hidden.dim() != 3 for recorder in recorders):
+            return "what they return is not what the next one reads"
+        return None
+
+    def _unknown(self, reason: str) -> PCDVQError:
+        return PCDVQError(
+            f"calibration does not handle the decoder layers of {self._source.name} ({reason}); "
+            "use --calibration none"
+        )
 
     @contextmanager
-    def _instead_of_layers(self, modules: list[_Recorder]) -> Iterator[None]:
+    def _instead_of_layers(self, recorders: list[_Recorder]) -> Iterator[None]:
         self._materialize_except_layers()
-        layers = list(self._stack)
+        self._require(self._base, "as calibration needs it; use --calibration none")
         try:
-            for index, module in enumerate(modules):
-                self._stack[index] = module
+            # Not in the place of the modules, of which the model may read attributes.
+            for layer, recorder in zip(self._stack, recorders, strict=True):
+                layer.forward = recorder
             yield
         finally:
-            for index, layer in enumerate(layers):
-                self._stack[index] = layer
+            for layer in self._stack:
+                layer.__dict__.pop("forward", None)
+
+    def _require_head(self) -> None:
+        """Raise PCDVQError if the output head is not stored."""
+        if (head := self.model.get_output_embeddings()) is not None:
+            self._require(
+                head,
+                "without which it cannot write or predict text; name a text with --calibration, "
+                "and leave out --objective and rates between those offered",
+            )
+
+    def _require(self, module: nn.Module, why: str) -> None:
+        """Raise PCDVQError if a parameter of `module`, decoder layers apart, is not stored."""
+        wanted = {id(parameter) for parameter in module.parameters() if parameter.is_meta}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in wanted and not name.startswith(f"{self.prefix}."):
+                raise PCDVQError(f"{self._source.name} stores nothing as {name}, {why}")
 
     def _materialize_except_layers(self) -> None:
         for name, module in self.model.named_modules():
@@ -146,25 +226,49 @@ class LayeredModel:
         for key, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{key}" if name else key
             # A tied output head is not stored; `tie_weights` makes it the embedding.
-            if parameter.device.type == "meta" and full in self._source.shapes:
-                value = self._source.load(full).to(self.device, torch.float32)
+            stored = self._stored.get(full)
+            if parameter.device.type == "meta" and stored is not None:
+                value = self._source.load(stored).to(self.device, torch.float32)
                 setattr(module, key, nn.Parameter(value, requires_grad=False))
 
 
-class _Recorder(nn.Module):
-    """Stands for a decoder layer: keeps what it is given and passes the hidden states on."""
+class _Recorder:
+    """Stands for a decoder layer's `forward`: keeps what it is given, passes hidden states on.
+
+    Attributes:
+        output: what to pass on instead.
+    """
 
     def __init__(self, tuples: bool) -> None:
-        super().__init__()
         self._tuples = tuples
-        self.hidden = torch.empty(0)
+        self.hidden = torch.empty(())  # until it is called
         self.call = Call((), {})
+        self.output: Tensor | None = None
 
-    def forward(
-        self, hidden_states: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor | tuple[Tensor, None]:
-        self.hidden, self.call = hidden_states, Call(args, kwargs)
-        return (hidden_states, None) if self._tuples else hidden_states
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs.pop("hidden_states")
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{type(given).__name__} in the place of hidden states")
+        self.hidden = given
+        self.call = Call(args[1:], kwargs)
+        output = self.hidden if self.output is None else self.output
+        # What is beside the hidden states is nothing that another layer may need.
+        return (output, _Beside()) if self._tuples else output
+
+
+class _Beside:
+    """Equal to nothing else."""
+
+
+def _same(a: Call, b: Call) -> bool:
+    """Whether layers are called alike."""
+    (mine, shape), (theirs, other) = (tree_flatten((each.args, each.kwargs)) for each in (a, b))
+    return shape == other and all(
+        x.shape == y.shape and torch.equal(x, y)
+        if isinstance(x, Tensor) and isinstance(y, Tensor)
+        else x is y or (type(x) is type(y) and x == y)
+        for x, y in zip(mine, theirs, strict=True)
+    )
 
 
 def _decoder_layers(

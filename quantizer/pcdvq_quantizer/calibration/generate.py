@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from importlib.resources import files
@@ -10,6 +11,7 @@ from itertools import cycle, islice, product
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pcdvq_quantizer.limits import Limits
 from pcdvq_quantizer.progress import Progress
 
 BATCH = 64
@@ -55,11 +57,27 @@ def prompts(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[int]
     every `OPENINGS_PER_REQUEST` of them.
     """
     generator = torch.Generator().manual_seed(seed)
-    text = files("pcdvq_quantizer").joinpath(OPENINGS).read_text(encoding="utf-8")
-    openings = _shuffled([tokenizer(line)["input_ids"] for line in text.splitlines()], generator)
+    openings = _shuffled(_openings(tokenizer), generator)
     if tokenizer.chat_template is None:
         yield from openings
-    chat = [
+    for request in _shuffled(_requests(tokenizer), generator):
+        yield from islice(openings, OPENINGS_PER_REQUEST)
+        yield request
+
+
+def all_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of all that `prompts` may give."""
+    requests = [] if tokenizer.chat_template is None else _requests(tokenizer)
+    return [*_openings(tokenizer), *requests]
+
+
+def _openings(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    text = files("pcdvq_quantizer").joinpath(OPENINGS).read_text(encoding="utf-8")
+    return [tokenizer(line)["input_ids"] for line in text.splitlines()]
+
+
+def _requests(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": request.format(subject=subject)}],
             add_generation_prompt=True,
@@ -67,9 +85,6 @@ def prompts(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[list[int]
         )["input_ids"]
         for subject, request in product(SUBJECTS, REQUESTS)
     ]
-    for request in _shuffled(chat, generator):
-        yield from islice(openings, OPENINGS_PER_REQUEST)
-        yield request
 
 
 def _shuffled(texts: list[list[int]], generator: torch.Generator) -> Iterator[list[int]]:
@@ -133,10 +148,16 @@ def _continue(
     batch: list[list[int]],
     temperature: float,
 ) -> list[list[int]]:
-    """`batch`, each continued until the model ends it or NEW_TOKENS came."""
+    """`batch`, each continued until the model ends it, NEW_TOKENS came, or its context is full."""
+    limits = Limits.of(model.name_or_path, model.config)
+    context = limits.context or math.inf
+    new = int(min(NEW_TOKENS, max(1, context // 2)))
+    batch = [row[: int(min(len(row), max(1, context - new)))] for row in batch]
     width = max(map(len, batch))
     end = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end or 0
+    if pad >= (limits.vocabulary or math.inf):  # it is masked: any other will do
+        pad = 0
     padded = torch.tensor([[pad] * (width - len(row)) + row for row in batch])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
     output = model.generate(
@@ -145,7 +166,7 @@ def _continue(
         do_sample=True,
         temperature=temperature,
         top_k=TOP_K,  # top_p would sort the vocabulary at every step
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=new,
         pad_token_id=pad,
     )
     ends = {end, pad, *_ids(model.generation_config.eos_token_id)}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pcdvq_quantizer.calibration.decoder import Call, LayeredModel
 from pcdvq_quantizer.calibration.replay import forward_layer
-from pcdvq_quantizer.writer import save_whole
+from pcdvq_quantizer.files import save_whole
 
 # Called with index and module of a decoder layer: while it runs, every sequence goes through it.
 Observer = Callable[[int, nn.Module], AbstractContextManager[object]]

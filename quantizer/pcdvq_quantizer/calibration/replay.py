@@ -36,9 +36,28 @@ class Stage:
 
 
 def forward_layer(layer: nn.Module, call: Call, sequence: Tensor) -> Tensor:
-    """Output [1, T, H] of `layer` for one sequence [T, H]."""
+    """Output [1, T, H] of `layer` for one sequence [T, H].
+
+    Raises:
+        PCDVQError: the layer leaves something for others beside its output.
+    """
+    before = _lengths(call)
     output = layer(sequence[None], *call.args, **call.kwargs)
+    if _lengths(call) != before:
+        raise PCDVQError(
+            f"{type(layer).__name__} keeps keys or values for layers after it, which calibration "
+            "does not handle; use --calibration none"
+        )
     return output[0] if isinstance(output, tuple) else output
+
+
+def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All that a module is called with, by position or by name."""
+    return (*args, *kwargs.values())
+
+
+def _lengths(call: Call) -> list[int]:
+    return [len(x) for x in inputs_of(call.args, call.kwargs) if isinstance(x, dict | list)]
 
 
 def run_original(
@@ -95,11 +114,14 @@ class _Trace:
 
     def __enter__(self) -> _Trace:
         self._handles = [
-            self._layer.get_submodule(name).register_forward_hook(self._linear_hook(name))
+            self._layer.get_submodule(name).register_forward_hook(
+                self._linear_hook(name), with_kwargs=True
+            )
             for name in self._linears
         ]
         for child in self._layer.children():
-            self._handles.append(child.register_forward_pre_hook(self._child_hook))
+            hook = child.register_forward_pre_hook(self._child_hook, with_kwargs=True)
+            self._handles.append(hook)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -107,15 +129,19 @@ class _Trace:
             handle.remove()
 
     def _linear_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
+            x = inputs_of(args, kwargs)[0]
             # Experts are a stage of their own, whoever else reads the same.
-            x = args[0].detach() if isinstance(module, Experts) else args[0]
+            x = x.detach() if isinstance(module, Experts) else x
             self._seen.append((name, x, output))
 
         return hook
 
-    def _child_hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._child_inputs += [arg for arg in args[:1] if isinstance(arg, Tensor)]
+    def _child_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = inputs_of(args, kwargs)[:1]
+        self._child_inputs += [arg for arg in first if isinstance(arg, Tensor)]
 
     def stages(self, sequence: Tensor, output: Tensor, known: list[Stage]) -> list[Stage]:
         """Stages of the forward pass just made, from `sequence` [T, H] to `output` [1, T, H].
@@ -123,6 +149,12 @@ class _Trace:
         Which of them add to the residual stream is looked up in those `known`, if any.
         """
         groups: list[tuple[list[str], Tensor, Tensor]] = []
+        names_seen = [name for name, _, _ in self._seen]
+        if len(set(names_seen)) < len(names_seen):
+            raise PCDVQError(
+                f"{max(names_seen, key=names_seen.count)} runs more than once in a decoder layer, "
+                "which calibration does not handle; use --calibration none"
+            )
         for name, x, y in self._seen:
             if groups and x is groups[-1][1]:
                 groups[-1][0].append(name)
@@ -133,7 +165,9 @@ class _Trace:
         stages, stream = [], sequence[None]
         for number, (names, x, y) in enumerate(groups):
             stage = Stage(tuple(names), [x.flatten(0, -2)])
-            after = stream + y if len(names) == 1 and y.shape == stream.shape else None
+            # Layers may go without the batch dimension in between.
+            fits = len(names) == 1 and y.numel() == stream.numel()
+            after = stream + y.view_as(stream) if fits else None
             if after is not None:
                 if number < len(known):
                     adds = known[number].residual is not None
@@ -149,7 +183,7 @@ class _Trace:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    return a.numel() == b.numel() and torch.allclose(a, b.view_as(a), rtol=1e-5, atol=1e-5)
 
 
 @dataclass
@@ -186,11 +220,11 @@ class Replay:
         target = self.layer.get_submodule(self.stages[index].linears[0])
         caught: list[tuple[Tensor, ...]] = []
 
-        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            caught.append(args)
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(inputs_of(args, kwargs))
             raise _Stop
 
-        handle = target.register_forward_pre_hook(stop)
+        handle = target.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             for number in range(len(self.hidden)):
                 with contextlib.suppress(_Stop):
@@ -213,7 +247,7 @@ class Replay:
         done = [c for c in children if _holds(c, fixed) and not _holds(c, pending)]
         adds = {s.linears[0] for s in self.stages[:index] if s.residual is not None}
         replaced = []
-        for name in [*fixed, *done]:
+        for name in dict.fromkeys([*fixed, *done]):  # a linear may be a direct child
             module = self.layer.get_submodule(name)
             module.forward = self._keep(name, module.forward, number, name in adds)
             replaced.append(module)
@@ -231,7 +265,8 @@ class Replay:
             if len(kept) == number:
                 kept.append(forward(*args, **kwargs))
                 if adds:
-                    self.residual[number] = self.residual[number] + kept[number][0]
+                    stream = self.residual[number]
+                    self.residual[number] = stream + kept[number].view_as(stream)
             return kept[number]
 
         return run

@@ -21,9 +21,10 @@ from pcdvq_quantizer.calibration.replay import Replay, run_original, text_decide
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.calibration.text import calibration_tokens
 from pcdvq_quantizer.experts import Experts, experts_of
+from pcdvq_quantizer.files import save_whole
 from pcdvq_quantizer.plan import PCDVQPlan, Plan
 from pcdvq_quantizer.progress import Progress
-from pcdvq_quantizer.writer import CheckpointWriter, save_whole
+from pcdvq_quantizer.writer import CheckpointWriter
 
 STATE_FILE = "calibration.safetensors"
 
@@ -124,6 +125,7 @@ def check_windows(windows: int, processes: int) -> None:
 
 def _begin(plan: Plan, writer: CheckpointWriter, model: LayeredModel, progress: Progress) -> None:
     """Save the state before the first decoder layer."""
+    model.check()  # before text is written for it
     tokens = calibration_tokens(plan, model, progress)
     original, _ = model.embed(tokens)
     quantized = original.clone()

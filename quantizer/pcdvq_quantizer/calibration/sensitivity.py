@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pcdvq_quantizer.calibration.decoder import LayeredModel
 from pcdvq_quantizer.calibration.gradients import run_back
+from pcdvq_quantizer.calibration.replay import inputs_of
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
 from pcdvq_quantizer.progress import Progress
 
@@ -64,15 +65,18 @@ class _Watch:
         self._losses: dict[str, float] = defaultdict(float)
         self._handles = [
             layer.get_submodule(name.removeprefix(f"{prefix}.")).register_forward_hook(
-                self._hook(name)
+                self._hook(name), with_kwargs=True
             )
             for name in names
         ]
 
     def _hook(self, name: str) -> Any:
-        def forward(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach().flatten(0, -2)
-            self._keep(name, args[0])
+        def forward(
+            module: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
+            given = inputs_of(args, kwargs)[0]
+            x = given.detach().flatten(0, -2)
+            self._keep(name, given)
             variance = module.weight.square().mean(1)  # [N]
 
             def backward(gradient: Tensor) -> None:

@@ -22,6 +22,7 @@ from pcdvq_quantizer.layer import (
     initial_row_scale,
     refit_row_scale,
     refit_row_scales,
+    relative,
 )
 
 # Added to the diagonal of a Hessian, as a share of its mean: see QUALITY.md.
@@ -59,7 +60,9 @@ def quantize_stage(
     """
     spec = codebook.codebook.spec
     moments = Moments(
-        *processes.once(lambda: prepare_moments(statistics.rotated(signs, block), spec.strip_columns))
+        *processes.once(
+            lambda: prepare_moments(statistics.rotated(signs, block), spec.strip_columns)
+        )
     )
     shares = [processes.share(len(weight), spec.row_multiple) for weight in weights]
     parts = [weight[share] for weight, share in zip(weights, shares, strict=True)]
@@ -77,7 +80,7 @@ def quantize_stage(
     stored = codes.split([spec.stored_rows(count) for count in counts])
     rows = zip(*split, stored, strict=True)
     for weight, (part, wanted, scale, levels, code) in zip(weights, rows, strict=True):
-        errors = ErrorSum(spec)
+        errors = ErrorSum(spec.direction_length)
         errors.add(part, levels)
         energies = torch.stack(
             [energy(levels - wanted, moments.hessian), energy(part, moments.hessian)]
@@ -90,7 +93,7 @@ def quantize_stage(
                 gather(pack_codes(code, spec.code_bits), spec.stored_rows(len(weight))),
                 whole(scale),
                 pack_signs(signs),
-                errors.total((energies[0] / energies[1].clamp_min(1e-30)).item()),
+                errors.total(relative(*energies.tolist())),
             )
         )
         dense.append(whole(block_hadamard(levels, block) * signs))

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from pcdvq_kernels.errors import PCDVQError
@@ -15,12 +14,20 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pcdvq_quantizer.calibration.decoder import LayeredModel
-from pcdvq_quantizer.calibration.generate import generate_documents
+from pcdvq_quantizer.calibration.generate import all_prompts, generate_documents
+from pcdvq_quantizer.limits import Limits
 from pcdvq_quantizer.plan import SELF, Plan
 from pcdvq_quantizer.progress import Progress
-from pcdvq_quantizer.sources import Source
+from pcdvq_quantizer.sources import Source, reason
+from pcdvq_quantizer.texts import (
+    JSONL_SUFFIXES,
+    find_file,
+    read_bytes,
+    records_of,
+    text_field,
+    text_of,
+)
 
-TEXT_FIELD = "text"
 MAX_DOCUMENTS = 100_000  # of a dataset, which may be larger than memory
 
 
@@ -30,16 +37,20 @@ def calibration_tokens(plan: Plan, model: LayeredModel, progress: Progress) -> T
     Raises:
         PCDVQError: there is no tokenizer, or the text cannot be used.
     """
-    options = plan.options
+    options, limits = plan.options, Limits.of(plan.source.name, plan.source.config)
     tokenizer = load_tokenizer(plan.source)
+    length = limits.fit_window(options.sequence_length, "--sequence-length", 0, progress.note)
     if options.calibration == SELF:
-        wanted = options.samples * options.sequence_length
+        wanted = options.samples * length
+        limits.check_tokens(all_prompts(tokenizer), tokenizer, plan.source.name)
         progress.start("Writing calibration text", wanted)
         with model.whole() as whole:
             documents = generate_documents(whole, tokenizer, wanted, options.seed, progress)
     else:
         documents = tokenize(tokenizer, read_documents(options.calibration))
-    return sample_windows(tokenizer, documents, options.samples, options.sequence_length)
+    windows = sample_windows(tokenizer, documents, options.samples, length)
+    limits.check_tokens(windows.tolist(), tokenizer, plan.source.name)
+    return windows
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -52,11 +63,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         source.copy_files(Path(scratch))
         (Path(scratch) / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
         try:
-            return AutoTokenizer.from_pretrained(scratch)
+            return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise PCDVQError(
                 f"{source.name} has no tokenizer that transformers can load "
-                f"({str(error).strip().splitlines()[0]}); add its tokenizer files, or quantize "
+                f"({reason(error)}); add its tokenizer files, or quantize "
                 "with --calibration none"
             ) from error
 
@@ -67,46 +78,16 @@ def read_documents(calibration: str) -> list[str]:
     Raises:
         PCDVQError: it is not found, not text, empty, or has no such field.
     """
-    path = Path(calibration).expanduser()
-    if path.is_file():
-        text = _read_text(path)
-        documents = list(_jsonl(path, text)) if path.suffix in (".jsonl", ".json") else [text]
-    else:
+    path = find_file(calibration)
+    if path is None:
         documents = list(islice(_dataset(calibration), MAX_DOCUMENTS))
+    elif path.suffix.lower() in JSONL_SUFFIXES:
+        documents = [text for _, text in records_of(read_bytes(path), path)]
+    else:
+        documents = [text_of(read_bytes(path), path)]
     if not any(document.strip() for document in documents):
         raise PCDVQError(f"calibration text {calibration} is empty; give one with text in it")
     return documents
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PCDVQError(
-            f"calibration text {path} is not UTF-8 text (byte {error.start}); give a text file, or "
-            f"JSONL with a field {TEXT_FIELD!r}"
-        ) from None
-    if "\0" in text:
-        raise PCDVQError(f"calibration text {path} holds NUL bytes: a binary file? Give text")
-    return text
-
-
-def _jsonl(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            yield _field(json.loads(line), f"{path}, line {number}")
-        except json.JSONDecodeError as error:
-            raise PCDVQError(f"{path}, line {number} is not JSON ({error.msg})") from None
-
-
-def _field(record: Any, where: str) -> str:
-    text = record.get(TEXT_FIELD) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        has = f"fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
-        raise PCDVQError(f"{where}: no string field {TEXT_FIELD!r} (found {has}); rename it")
-    return text
 
 
 def _dataset(name: str) -> Iterator[str]:
@@ -119,9 +100,11 @@ def _dataset(name: str) -> Iterator[str]:
         ) from None
     repository, _, config = name.partition(":")
     try:
-        records = datasets.load_dataset(repository, config or None, split="train", streaming=True)
+        records = datasets.load_dataset(
+            repository, config or None, split="train", streaming=True, trust_remote_code=False
+        )
         for record in records:
-            yield _field(record, name)
+            yield text_field(record, name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise PCDVQError(
             f"calibration {name!r} is neither a file nor a dataset that can be read "
@@ -131,7 +114,10 @@ def _dataset(name: str) -> Iterator[str]:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[list[int]]:
     """Token ids of each document, without special tokens."""
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
+    # verbose: no warning that a text is longer than the model's context.
+    return [
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents
+    ]
 
 
 def sample_windows(

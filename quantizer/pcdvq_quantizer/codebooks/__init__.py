@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
@@ -17,10 +15,10 @@ from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.trellis import CHAIN_ROWS, PAIR, UNITS
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from pcdvq_quantizer.codebooks.e8 import make_e8_tables
 from pcdvq_quantizer.encode import Encoder
+from pcdvq_quantizer.files import save_whole
 
 E8_DIRECTION_BITS = {2.0: 14, 2.25: 16}
 SAMPLES, ROWS = 1 << 16, 1 << 8  # groups that distortions are measured on
@@ -119,7 +117,7 @@ def codebooks_at_hand() -> list[NamedCodebook]:
 def save_codebook(codebook: NamedCodebook, path: Path) -> None:
     """Write the tables of `codebook` to `path`, its layout and unit as metadata."""
     spec, tables = codebook.codebook.spec, codebook.codebook
-    save_file(
+    save_whole(
         {"directions": tables.directions.contiguous(), "magnitudes": tables.magnitudes},
         path,
         {"spec": spec.model_dump_json(), "unit": repr(codebook.unit)},
@@ -147,9 +145,8 @@ def _int8() -> NamedCodebook:
 
 def _trellis(id: str, bits: float, chain_rows: int, effort: str) -> NamedCodebook:
     code_bits = round(PAIR * bits)
-    spec = CodebookSpec(
-        codec="trellis", vector_dim=PAIR, pattern_bits=code_bits, chain_rows=chain_rows
-    )
+    fields = {"vector_dim": PAIR, "pattern_bits": code_bits, "chain_rows": chain_rows}
+    spec = CodebookSpec.model_validate({"codec": "trellis", **fields})
     none = torch.empty(0, PAIR, dtype=torch.int8), torch.ones(1, dtype=torch.uint8)
     name = id if chain_rows == CHAIN_ROWS[0] else f"{id}-rows{chain_rows}"
     return NamedCodebook(name, Codebook(spec, *none), UNITS[code_bits], effort)
@@ -176,7 +173,5 @@ def _cached_e8(id: str, direction_bits: int) -> NamedCodebook:
     # Not being able to cache costs only time.
     with contextlib.suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            save_codebook(codebook, Path(scratch) / path.name)
-            os.replace(Path(scratch) / path.name, path)
+        save_codebook(codebook, path)
     return codebook

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
+
+from pcdvq_quantizer.texts import read_bytes, records_of, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +50,8 @@ def read_windows(
     Raises:
         PCDVQError: unreadable, not UTF-8, or shorter than one window.
     """
-    text, source = _read(path)
-    ids = _encode(tokenizer, text)
+    content, source = _read(path)
+    ids = _encode(tokenizer, text_of(content, path))
     if len(ids) < window:
         raise PCDVQError(
             f"{path} has {len(ids)} tokens, less than one window of {window}; give a longer text "
@@ -66,7 +68,7 @@ def read_windows(
 def read_last_words(
     path: Path, tokenizer: PreTrainedTokenizerBase, limit: int, bos: bool
 ) -> tuple[DataFile, list[Sequence]]:
-    """The first `limit` lines of a JSONL file; scored is what follows the last space of `text`.
+    """The first `limit` records of a JSONL file; scored is what follows the last space of `text`.
 
     Raises:
         PCDVQError: unreadable, not UTF-8, empty, or a line that is not such an object.
@@ -74,41 +76,21 @@ def read_last_words(
     content, source = _read(path)
     prefix = _prefix(tokenizer, bos)
     sequences = []
-    for number, line in enumerate(content.splitlines()[:limit], 1):
-        text = _text_field(line, f"{path} line {number}")
+    for where, text in islice(records_of(content, path), limit):
         context, _, word = text.rpartition(" ")
         ids, known = _encode(tokenizer, text), len(_encode(tokenizer, context))
         if not context.strip() or not word.strip() or not 0 < known < len(ids):
             raise PCDVQError(
-                f"{path} line {number} has no last word to predict: its text needs a space with "
+                f"{where} has no last word to predict: its text needs a space with "
                 "words on both sides"
             )
         sequences.append(Sequence(torch.tensor(prefix + ids), len(ids) - known))
-    if not sequences:
-        raise PCDVQError(f'{path} is empty; give a line {{"text": ...}} for each passage')
     return source, sequences
 
 
-def _read(path: Path) -> tuple[str, DataFile]:
-    try:
-        content = path.read_bytes()
-        return content.decode(), DataFile(path.name, hashlib.sha256(content).hexdigest())
-    except OSError as error:
-        raise PCDVQError(f"{path} cannot be read: {error.strerror}; give a text file") from error
-    except UnicodeDecodeError as error:
-        raise PCDVQError(f"{path} is not UTF-8 text ({error}); convert it") from error
-
-
-def _text_field(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PCDVQError(f"{where} is not JSON ({error}); give one object per line") from error
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise PCDVQError(f"{where} has no string field `text` (found: {found}); rename the field")
-    return text
+def _read(path: Path) -> tuple[bytes, DataFile]:
+    content = read_bytes(path)
+    return content, DataFile(path.name, hashlib.sha256(content).hexdigest())
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

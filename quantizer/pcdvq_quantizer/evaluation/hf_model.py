@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from pcdvq_quantizer.evaluation.data import Sequence
 from pcdvq_quantizer.evaluation.files import ModelFiles
 from pcdvq_quantizer.hf.logits import CHUNK_POSITIONS, ChunkedLogits
 from pcdvq_quantizer.selection import hf_config
+from pcdvq_quantizer.sources import reason
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,31 @@ def load_causal_lm(files: ModelFiles, dtype: str) -> PreTrainedModel:
     try:
         if files.is_vptq:
             return _load_vptq(files, _dtype(files, dtype, device)).to(device)
-        return AutoModelForCausalLM.from_pretrained(
-            files.directory, gguf_file=files.gguf, dtype=_dtype(files, dtype, device)
-        ).to(device)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            files.directory,
+            gguf_file=files.gguf,
+            dtype=_dtype(files, dtype, device),
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        _check_complete(files, loading["missing_keys"])
+        return model.to(device)
     except PCDVQError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise PCDVQError(
-            f"transformers cannot load {files.name}: {error}. Check that the directory is whole"
+            f"transformers cannot load {files.name}: {reason(error)}. Check that the directory is "
+            "whole"
         ) from error
+
+
+def _check_complete(files: ModelFiles, missing: Iterable[str]) -> None:
+    """Raise PCDVQError for parameters that are not stored: transformers makes them up."""
+    if names := sorted(missing):
+        raise PCDVQError(
+            f"{files.name} does not store {names[0]} ({len(names)} parameters in all), without "
+            "which it cannot write or predict text; give a causal language model that is whole"
+        )
 
 
 def _load_vptq(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel:
@@ -55,7 +72,9 @@ def _load_vptq(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel:
     state = dense_state(open_vptq_checkpoint(files.directory), dtype)
     config = {key: value for key, value in files.config.items() if key != "quantization_config"}
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(hf_config(config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            hf_config(config), dtype=dtype, trust_remote_code=False
+        )
     _, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -21,7 +21,7 @@ class EvaluateOptions:
         text: UTF-8 text file for perplexity and kl.
         lambada: JSONL file for lambada: a field `text` per line.
         windows: number of windows, from the beginning of the text.
-        window: tokens per window.
+        window: tokens per window, fewer where the model reads fewer.
         limit: number of lines of `lambada`, from its beginning.
         bos: put the beginning-of-sequence token before every window and line.
         reference: the original model, for kl and to compare lambada line by line; None: for kl the

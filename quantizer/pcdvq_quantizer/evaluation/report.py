@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pcdvq_kernels.checkpoint import read_json_bytes
 from pcdvq_kernels.errors import PCDVQError
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
@@ -50,6 +51,8 @@ class EvaluationReport:
         weights: `packed` (PCDVQ kernels), or `dense`.
         seconds: in all, loading included.
         versions: of the packages that took part.
+        model_sha256: of the model's weights, as `identity.weights_sha256` has it; None in files of
+            before that was recorded.
     """
 
     model: str
@@ -62,6 +65,16 @@ class EvaluationReport:
     lambada: LastWord | None
     seconds: float
     versions: dict[str, str]
+    model_sha256: str | None = None
+
+    @classmethod
+    def is_in(cls, file: Path) -> bool:
+        """Whether `file` holds such a report."""
+        try:
+            cls.read(file)
+        except PCDVQError:
+            return False
+        return True
 
     @classmethod
     def read(cls, file: Path) -> EvaluationReport:
@@ -71,7 +84,7 @@ class EvaluationReport:
             PCDVQError: it cannot be read or is something else.
         """
         try:
-            return TypeAdapter(cls).validate_json(file.read_bytes())
+            return TypeAdapter(cls).validate_json(read_json_bytes(file))
         except OSError as error:
             raise PCDVQError(
                 f"--eval: cannot read {file} ({error.strerror}); name a file of pcdvq eval --json"

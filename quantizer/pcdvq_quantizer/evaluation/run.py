@@ -27,6 +27,7 @@ from pcdvq_quantizer.evaluation.scores import (
     standard_error,
 )
 from pcdvq_quantizer.evaluation.vllm_model import VLLMModel
+from pcdvq_quantizer.identity import weights_sha256
 from pcdvq_quantizer.progress import Progress
 
 Score = TypeVar("Score")
@@ -75,6 +76,7 @@ def evaluate(
             lambada=words,
             seconds=round(time.monotonic() - started, 2),
             versions=installed_versions(),
+            model_sha256=weights_sha256(job.files.source),
         )
 
 
@@ -111,7 +113,7 @@ class _Job:
     def protocol(self) -> Protocol:
         return Protocol(
             text=self.text,
-            window=self.options.window if self.text else None,
+            window=self.windows[0].scored + 1 if self.text else None,
             windows=len(self.windows) if self.text else None,
             lambada=self.lambada,
             lines=len(self.lines) if self.lambada else None,
@@ -140,10 +142,13 @@ def _read_job(model: str, options: EvaluateOptions, progress: Progress) -> _Job:
     windows: list[Sequence] = []
     lines: list[Sequence] = []
     reference_lines: list[Sequence] = []
+    models = [each for each in (files, reference) if each]
     if options.reads_text and options.text:
-        text, windows = read_windows(
-            options.text, tokenizer, options.window, options.windows, options.bos
-        )
+        window = options.window
+        spare = int(options.bos) + (options.backend == "vllm")  # which generates a token, too
+        for each in models:
+            window = each.limits.fit_window(window, "--window", spare, progress.note)
+        text, windows = read_windows(options.text, tokenizer, window, options.windows, options.bos)
     if "lambada" in options.tasks and options.lambada:
         lambada, lines = read_last_words(options.lambada, tokenizer, options.limit, options.bos)
         if reference is not None:
@@ -151,10 +156,19 @@ def _read_job(model: str, options: EvaluateOptions, progress: Progress) -> _Job:
                 options.lambada, reference.tokenizer(), options.limit, options.bos
             )
     job = _Job(files, reference, options, text, windows, lambada, lines, reference_lines, progress)
-    for each in (files, reference):
-        if each:
-            each.check_length(job.longest)
+    for each in models:
+        each.check_length(job.longest)
+        each.limits.check_tokens(_tokens(windows), tokenizer, files.name)
+    files.limits.check_tokens(_tokens(lines), tokenizer, files.name)
+    if reference is not None:
+        reference.limits.check_tokens(
+            _tokens(reference_lines), reference.tokenizer(), reference.name
+        )
     return job
+
+
+def _tokens(sequences: list[Sequence]) -> Iterator[list[int]]:
+    return (sequence.tokens.tolist() for sequence in sequences)
 
 
 @contextmanager
@@ -191,6 +205,7 @@ def _measure_windows(
         windows=len(pairs),
         tokens=tokens,
         seconds=seconds,
+        reference_sha256=weights_sha256(job.reference.source) if job.reference else None,
     )
     if "perplexity" not in job.options.tasks:
         return None, kl

@@ -41,6 +41,7 @@ class KLDivergence:
         windows: number of windows.
         tokens: number of scored tokens.
         seconds: time it took, loading left out; of one pass for perplexity and kl together.
+        reference_sha256: of the reference's weights, as of the model's in `EvaluationReport`.
     """
 
     kl: float
@@ -51,6 +52,7 @@ class KLDivergence:
     windows: int
     tokens: int
     seconds: float
+    reference_sha256: str | None = None
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class VLLMModel:
         self._llm: Any = LLM(
             str(files.directory),
             dtype=dtype,
+            trust_remote_code=False,
             max_model_len=longest + 1,
             max_num_batched_tokens=STEP_TOKENS,
             max_num_seqs=1,

@@ -20,7 +20,7 @@ class FinetuneOptions:
         calibration: text file, JSONL file or dataset (`calibration.text.read_documents`), or SELF.
         reference: the original model; None is the one the checkpoint's report names.
         tokens: to train on; a shorter text is gone through several times.
-        sequence_length: tokens of a window.
+        sequence_length: tokens of a window, fewer where the models read fewer.
         holdout: windows kept for validation.
         windows_per_step: None is up to 4, fewer where that leaves less than 100 steps.
         minutes: time limit for training, interrupted runs included; the learning rate is at its

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pcdvq_kernels.checkpoint import (
-    REPORT_FILE,
-    ROW_SCALE,
-    Checkpoint,
-    open_checkpoint,
-    read_json,
-)
+from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint, open_checkpoint
 from pcdvq_kernels.errors import PCDVQError
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from pcdvq_quantizer.calibration.generate import generate_documents
+from pcdvq_quantizer.calibration.generate import all_prompts, generate_documents
 from pcdvq_quantizer.calibration.text import read_documents, sample_windows, tokenize
 from pcdvq_quantizer.card import write_model_card
+from pcdvq_quantizer.contents import checkpoint_files, copy_file
 from pcdvq_quantizer.evaluation.files import ModelFiles, find_reference
 from pcdvq_quantizer.evaluation.hf_model import load_causal_lm
+from pcdvq_quantizer.files import save_whole
 from pcdvq_quantizer.finetune.distillation import Distillation
 from pcdvq_quantizer.finetune.options import FinetuneOptions
 from pcdvq_quantizer.finetune.student import Student
 from pcdvq_quantizer.finetune.training import OnStep, Trainer, TrainingState, Windows
-from pcdvq_quantizer.plan import SELF, text_sha256
+from pcdvq_quantizer.identity import fingerprint, paths_of
+from pcdvq_quantizer.output import Output
+from pcdvq_quantizer.plan import SELF, text_identity
 from pcdvq_quantizer.progress import Progress
-from pcdvq_quantizer.writer import RUN_FILE, CheckpointWriter, save_whole
+from pcdvq_quantizer.record import read_report
+from pcdvq_quantizer.writer import CheckpointWriter
 
 STATE_FILE = "finetune.safetensors"
 WINDOWS_FILE = "windows.safetensors"
@@ -62,6 +60,7 @@ def finetune_checkpoint(
     options: FinetuneOptions,
     overwrite: bool = False,
     progress: OnStep | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> FinetuneResult:
     """Distil the original model into the row scales and norms of `checkpoint`; write `output`.
 
@@ -70,25 +69,35 @@ def finetune_checkpoint(
     same call continues there after an interruption. `output` may be `checkpoint` with `overwrite`.
     In memory are both models in fp32, and activations of one window.
 
+    Args:
+        note: is told what the user should know, such as that windows are shorter than asked for.
+
     Raises:
-        PCDVQError: a model or the text cannot be read or does not fit, `output` exists, or the
-            partial directory belongs to another run.
+        PCDVQError: a model or the text cannot be read or does not fit, something would be lost at
+            `output`, or the partial directory belongs to another run.
     """
+    Output.at(output, overwrite).recover()  # which may be `checkpoint`
     opened = open_checkpoint(checkpoint)
     files = ModelFiles.find(str(checkpoint))
     reference = find_reference(files, options.reference)
-    writer = CheckpointWriter(output, _fingerprint(opened, reference, options), overwrite)
+    for each in (files, reference):
+        length = each.limits.fit_window(
+            options.sequence_length, "--sequence-length", 0, note or (lambda text: None)
+        )
+        options = replace(options, sequence_length=length)
+    place = _output(output, overwrite, files, reference)
+    writer = CheckpointWriter(place, _fingerprint(files, reference, options))
     with writer.open(needed_bytes=_bytes(checkpoint)):
         path = writer.work_directory / STATE_FILE
         windows = _kept_windows(writer.work_directory / WINDOWS_FILE, files, reference, options)
         state, tensors = _train(opened, files, reference, windows, options, path, progress)
         _copy_checkpoint(checkpoint, writer.directory, tensors)
-        report = _read_report(checkpoint)
+        report = read_report(checkpoint)
         report["finetune"] = _describe(options, reference, state)
         writer.write_json(REPORT_FILE, report)
         write_model_card(writer.directory)
-        writer.publish()
-    published = open_checkpoint(output)
+        writer.publish(_models(files, reference))
+    published = open_checkpoint(place.path)
     return FinetuneResult(published, state.start_kl, state.best_kl, state.step, state.diverged)
 
 
@@ -105,22 +114,20 @@ def _kept_windows(
 
 def _make_windows(files: ModelFiles, reference: ModelFiles, options: FinetuneOptions) -> Tensor:
     """int64 [S, T], as many as `options` want or the text has."""
-    if files.context is not None and options.sequence_length > files.context:
-        raise PCDVQError(
-            f"--sequence-length is {options.sequence_length}, {files.name} takes "
-            f"{files.context} tokens; "
-            "give a smaller one"
-        )
     tokenizer = files.tokenizer()
     wanted = options.windows + options.holdout
     if options.calibration == SELF:
+        reference.limits.check_tokens(all_prompts(tokenizer), tokenizer, files.name)
         original = load_causal_lm(reference, "float32").eval()
         tokens = wanted * options.sequence_length
         with torch.no_grad():
             texts = generate_documents(original, tokenizer, tokens, options.seed, Progress())
     else:
         texts = tokenize(tokenizer, read_documents(options.calibration))
-    return sample_windows(tokenizer, texts, wanted, options.sequence_length)
+    windows = sample_windows(tokenizer, texts, wanted, options.sequence_length)
+    for each in (files, reference):
+        each.limits.check_tokens(windows.tolist(), tokenizer, files.name)
+    return windows
 
 
 def _hold_out(windows: Tensor, options: FinetuneOptions) -> Windows:
@@ -157,37 +164,40 @@ def _train(
     return state, student.tensors(state.best)
 
 
+def _output(output: Path, overwrite: bool, files: ModelFiles, reference: ModelFiles) -> Output:
+    place = Output.at(output, overwrite)
+    models = paths_of(reference.source)
+    if place.path != files.directory.resolve():
+        models += paths_of(files.source)
+    return replace(place, models=tuple(models))
+
+
 def _fingerprint(
-    checkpoint: Checkpoint, reference: ModelFiles, options: FinetuneOptions
+    files: ModelFiles, reference: ModelFiles, options: FinetuneOptions
 ) -> dict[str, Any]:
     """Equal for runs that make the same checkpoint."""
-    scales = hashlib.sha256()
-    for layer in checkpoint.layers:
-        name = f"{layer}.{ROW_SCALE}"
-        with safe_open(checkpoint.tensors[name].file, framework="pt") as file:
-            scales.update(file.get_tensor(name).float().numpy().tobytes())
     return {
-        "checkpoint": str(checkpoint.directory),
-        "checkpoint_sha256": scales.hexdigest(),
-        "calibration_sha256": text_sha256(options.calibration),
         **asdict(options),
-        "reference": reference.name,
+        **text_identity(options.calibration),
+        **_models(files, reference),
     }
 
 
+def _models(files: ModelFiles, reference: ModelFiles) -> dict[str, Any]:
+    return {**fingerprint(files.source), "reference": fingerprint(reference.source)}
+
+
 def _copy_checkpoint(source: Path, target: Path, tensors: dict[str, Tensor]) -> None:
-    """Copy all files of `source` to `target` with `tensors` in the place of theirs."""
-    for path in sorted(source.iterdir()):
-        if not path.is_file() or path.name in (RUN_FILE, "lock"):
-            continue
+    """Copy the checkpoint in `source` to `target` with `tensors` in the place of its own."""
+    for name in checkpoint_files(source):
         changed: dict[str, Tensor] = {}
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                changed = {name: tensors[name] for name in file.keys() if name in tensors}  # noqa: SIM118
+        if name.endswith(".safetensors"):
+            with safe_open(source / name, framework="pt") as file:
+                changed = {key: tensors[key] for key in file.keys() if key in tensors}  # noqa: SIM118
         if changed:
-            save_file(load_file(path) | changed, target / path.name, {"format": "pt"})
+            save_whole(load_file(source / name) | changed, target / name, {"format": "pt"})
         else:
-            shutil.copyfile(path, target / path.name)
+            copy_file(name, source, target)
 
 
 def _describe(
@@ -205,9 +215,5 @@ def _describe(
     }
 
 
-def _read_report(directory: Path) -> dict[str, Any]:
-    return read_json(directory / REPORT_FILE) if (directory / REPORT_FILE).exists() else {}
-
-
 def _bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    return sum((directory / name).stat().st_size for name in checkpoint_files(directory))

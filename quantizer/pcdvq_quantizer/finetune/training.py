@@ -15,10 +15,10 @@ from pcdvq_kernels.errors import PCDVQError
 from safetensors import safe_open
 from torch import Tensor
 
+from pcdvq_quantizer.files import save_whole
 from pcdvq_quantizer.finetune.distillation import Distillation
 from pcdvq_quantizer.finetune.options import FinetuneOptions
 from pcdvq_quantizer.finetune.student import Student
-from pcdvq_quantizer.writer import save_whole
 
 BETAS = (0.9, 0.95)  # steps are few: a longer memory would be mostly of the first ones
 LEARNING_RATE = 0.0125  # per nat of the KL at the start

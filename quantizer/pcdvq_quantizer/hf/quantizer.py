@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pcdvq_quantizer.experts import NAMINGS, experts_of, separate_experts
+from pcdvq_quantizer.experts import experts_of, separate_experts, without_fusing
 from pcdvq_quantizer.hf.embedding import PCDVQEmbedding
 from pcdvq_quantizer.hf.linear import PCDVQLinear, PCDVQTiedHead, dense_linear
 
@@ -90,12 +90,7 @@ class PCDVQHfQuantizer(HfQuantizer):
         """Without those that fuse experts, where experts are quantized: they stay as on disk."""
         if not self._separated:
             return super().update_weight_conversions(weight_conversions)
-        fused = "experts", *(naming.block for naming in NAMINGS.values())
-        return [
-            conversion
-            for conversion in weight_conversions
-            if not any(word in pattern for pattern in conversion.source_patterns for word in fused)
-        ]
+        return without_fusing(weight_conversions)
 
     def _replacement(self, model: PreTrainedModel, name: str) -> nn.Module:
         """The module on the meta device that holds the packed tensors of layer `name`."""

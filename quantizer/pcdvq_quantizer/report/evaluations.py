@@ -10,16 +10,25 @@ from pcdvq_kernels.errors import CheckpointError, PCDVQError
 
 from pcdvq_quantizer.checkpoints import open_any_checkpoint
 from pcdvq_quantizer.evaluation.report import EvaluationReport
+from pcdvq_quantizer.identity import weights_sha256
+from pcdvq_quantizer.record import RunRecord
+from pcdvq_quantizer.sources import open_source
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Perplexity of one model; `bits` per weight of its linear layers, None if unquantized."""
+    """Perplexity of one model.
+
+    Attributes:
+        bits: per weight of its linear layers, None if unquantized.
+        sha256: of its weights, as far as it is known.
+    """
 
     model: str
     perplexity: float
     stderr: float | None
     bits: float | None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -31,12 +40,12 @@ class Evaluations:
     references: list[Measured]
 
 
-def read_evaluations(files: list[Path], original: str) -> Evaluations | None:
+def read_evaluations(files: list[Path], run: RunRecord) -> Evaluations | None:
     """Read `files`, None if there are none.
 
     Args:
         files: as `pcdvq eval --json` writes them.
-        original: name of the unquantized model.
+        run: names the unquantized model.
 
     Raises:
         PCDVQError: a file cannot be read, has no perplexity, names a model that is not there, or
@@ -53,7 +62,9 @@ def read_evaluations(files: list[Path], original: str) -> Evaluations | None:
                 f"{first} was measured on {protocols[first]}, {file} on {protocol}; perplexities "
                 "compare only on the same text: evaluate both alike"
             )
-    measured = {(each.model, each.bits): each for each in _measured(reports, original)}.values()
+    measured = {
+        (each.sha256 or each.model, each.bits): each for each in _measured(reports, run)
+    }.values()
     quantized = sorted(
         (each for each in measured if each.bits is not None), key=lambda each: each.bits or 0
     )
@@ -80,33 +91,55 @@ def _describe(report: EvaluationReport) -> str:
     )
 
 
-def _measured(reports: dict[Path, EvaluationReport], original: str) -> list[Measured]:
+def _measured(reports: dict[Path, EvaluationReport], run: RunRecord) -> list[Measured]:
     """One for each report; before them the originals that `kl` has measured along the way."""
     found, originals = [], []
     for file, report in reports.items():
         if figure := report.perplexity:
-            is_original = Path(report.model).name == Path(original).name
-            bits = None if is_original else _find_bits(report.model, file)
-            found.append(Measured(report.model, figure.perplexity, figure.perplexity_stderr, bits))
+            bits = None if _is_original(report, run) else _find_bits(report, file)
+            found.append(
+                Measured(
+                    report.model,
+                    figure.perplexity,
+                    figure.perplexity_stderr,
+                    bits,
+                    report.model_sha256,
+                )
+            )
         if kl := report.kl:
-            originals.append(Measured(kl.reference, kl.reference_perplexity, None, None))
+            originals.append(
+                Measured(kl.reference, kl.reference_perplexity, None, None, kl.reference_sha256)
+            )
     return originals + found
 
 
-def _find_bits(model: str, file: Path) -> float | None:
-    """Bits per weight of `model`, found from here or beside `file`; None if it is unquantized.
+def _is_original(report: EvaluationReport, run: RunRecord) -> bool:
+    """Whether `report` is about the model that `run` has quantized: by name only if need be."""
+    if report.model_sha256 and run.model_sha256:
+        return report.model_sha256 == run.model_sha256
+    return run.model is not None and Path(report.model).name == Path(run.model).name
+
+
+def _find_bits(report: EvaluationReport, file: Path) -> float | None:
+    """Bits per weight of the model that `report` is about, found from here or beside `file`.
+
+    Returns:
+        None if it is unquantized.
 
     Raises:
         PCDVQError: it is in neither place.
     """
-    path = Path(model).expanduser()
+    path = Path(report.model).expanduser()
     if path.suffix == ".gguf":
         return None
     for directory in (path, file.parent / path, file.parent / path.name):
         if (directory / "config.json").is_file():
-            quantized = read_quantization_config(directory)
-            return open_any_checkpoint(directory).bits_per_weight if quantized else None
+            model = open_source(str(directory))
+            if report.model_sha256 in (None, weights_sha256(model)):
+                quantized = read_quantization_config(directory)
+                return open_any_checkpoint(directory).bits_per_weight if quantized else None
     raise CheckpointError(
-        f"--eval: {file} is about {model}, which is neither here nor beside the file, so its bits "
-        f"per weight are unknown; put {path.name} there"
+        f"--eval: {file} is about {report.model}, which is neither here nor beside the file as it "
+        f"was evaluated, so its bits per weight are unknown; put {path.name} there, or evaluate it "
+        "again"
     )

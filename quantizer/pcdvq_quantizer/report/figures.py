@@ -19,6 +19,7 @@ SERIES = tuple(f"#0000{number:02x}" for number in range(1, 9))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names may have dollar signs
     "svg.hashsalt": "pcdvq",
     "font.size": 9,
     "axes.titlesize": 10,

@@ -9,16 +9,17 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from pcdvq_kernels.errors import PCDVQError
 
 from pcdvq_quantizer.codebooks import codebooks_at_hand
-from pcdvq_quantizer.inspection import describe_rate
+from pcdvq_quantizer.files import check_page, write_page
+from pcdvq_quantizer.inspection import describe_checkpoint, figure
 from pcdvq_quantizer.report import plots
 from pcdvq_quantizer.report.evaluations import Evaluations, read_evaluations
 from pcdvq_quantizer.report.record import CheckpointRecord, read_record
 from pcdvq_quantizer.selection import describe_skipped
 
 GENERATOR = "pcdvq report"
+UNKNOWN = "a model without a name"
 TEMPLATE = "page.html.j2"
 
 
@@ -40,41 +41,30 @@ def write_report(
         PCDVQError: the checkpoint, its record of errors or an evaluation cannot be read, or
             `output` cannot be written or is something else.
     """
-    directory = directory.absolute()
-    output = output or directory.with_name(f"{directory.name}.html")
-    _check_output(output)
+    directory = Path(os.path.abspath(directory))
     record = read_record(directory)
-    page = _render(record, read_evaluations(list(evaluations), record.run.model))
-    scratch = output.with_name(output.name + ".tmp")
-    try:
-        scratch.write_text(page, encoding="utf-8")
-        os.replace(scratch, output)
-    except OSError as error:
-        raise PCDVQError(f"cannot write {output}: {error.strerror}; choose another --output") from (
-            error
-        )
+    output = output or directory.with_name(f"{directory.name}.html")
+    place = check_page(output, "--output", f"page of {GENERATOR}", _is_page)
+    page = _render(record, read_evaluations(list(evaluations), record.run))
+    write_page(place, page, "--output")
     return output
 
 
-def _check_output(output: Path) -> None:
-    if not output.absolute().parent.is_dir():
-        raise PCDVQError(f"--output: there is no directory {output.parent}; create it first")
-    if not output.exists():
-        return
-    marker = f'<meta name="generator" content="{GENERATOR}">'.encode()
-    if not output.is_file() or marker not in output.read_bytes()[:1000]:
-        raise PCDVQError(f"{output} exists and is no page of pcdvq report; choose another --output")
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return f'<meta name="generator" content="{GENERATOR}">'.encode() in file.read(1000)
 
 
 def _render(record: CheckpointRecord, evaluations: Evaluations | None) -> str:
     checkpoint = record.checkpoint
     codebooks = codebooks_at_hand()
+    original = record.run.model or UNKNOWN
     numbered = bool(record.numbered)
     fields: dict[str, Any] = {
         "generator": GENERATOR,
-        "title": f"{checkpoint.directory.name}: {Path(record.run.model).name} in PCDVQ",
+        "title": f"{checkpoint.directory.name}: {Path(original).name} in PCDVQ",
         "directory": checkpoint.directory.name,
-        "rate": describe_rate(checkpoint),
+        "rate": describe_checkpoint(checkpoint),
         "facts": _facts(record),
         "errors": numbered and Markup(plots.plot_errors(record)),
         "has_output_error": all(each.error.output is not None for each in record.numbered),
@@ -83,7 +73,8 @@ def _render(record: CheckpointRecord, evaluations: Evaluations | None) -> str:
         "directions": numbered and Markup(plots.plot_directions(record)),
         "distortion": Markup(plots.plot_distortion(record, codebooks)),
         "e8_missing": not any(book.codebook.spec.codec == "e8" for book in codebooks),
-        "weight_error": f"{record.weight_error:.4f}",
+        "weight_error": figure(record.weight_error, 4),
+        "figure": figure,
         "bits": f"{checkpoint.bits_per_weight:.3f}",
         "perplexities": evaluations and Markup(plots.plot_perplexities(evaluations)),
         "protocol": evaluations and evaluations.protocol,
@@ -100,7 +91,7 @@ def _facts(record: CheckpointRecord) -> list[tuple[str, str]]:
     checkpoint, mib = record.checkpoint, 2**20
     books = checkpoint.config.codebooks.items()
     facts = [
-        ("original", record.run.model),
+        ("original", record.run.model or UNKNOWN),
         ("codebooks", ", ".join(f"{id} ({spec.bits:g} bits)" for id, spec in books)),
         ("bits per weight, linear layers", f"{checkpoint.bits_per_weight:.3f}"),
     ]

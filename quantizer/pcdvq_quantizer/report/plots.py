@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite, nan
 from typing import Any
 
 from matplotlib import colormaps
@@ -24,6 +25,8 @@ from pcdvq_quantizer.report.figures import (
 )
 from pcdvq_quantizer.report.record import CheckpointRecord, mean
 
+# Beyond it are no figures of models, only what damages or mocks them, and axes that overflow.
+LARGEST = 1e12
 # Spread of values from which on a logarithmic axis shows more.
 LOG_RATIO = 4.0
 Figures = Callable[[LayerError], float]
@@ -82,7 +85,7 @@ def plot_directions(record: CheckpointRecord) -> str:
         bottom = [0.0] * len(numbers)
         for (name, value), colour, hatch in zip(parts, SERIES[1::4], ("", "////"), strict=False):
             heights = [
-                mean([layer for layer in record.numbered if layer.number == number], value)
+                _shown(mean([layer for layer in record.numbered if layer.number == number], value))
                 for number in numbers
             ]
             bars.bar(
@@ -104,7 +107,7 @@ def plot_directions(record: CheckpointRecord) -> str:
 
 def plot_distortion(record: CheckpointRecord, codebooks: list[NamedCodebook]) -> str:
     """Distortion of codebooks over bits, and over the bound; and where the checkpoint lies."""
-    star = record.checkpoint.bits_per_weight, record.weight_error
+    star = record.checkpoint.bits_per_weight, _shown(record.weight_error or nan)
     with style():
         figure, (plot, ratios) = new_figure(5.6, 2)
         codecs = dict.fromkeys(book.codebook.spec.codec for book in codebooks)
@@ -147,12 +150,13 @@ def plot_perplexities(evaluations: Evaluations) -> str:
         figure, (plot,) = new_figure(3.8)
         for number, each in enumerate(evaluations.quantized):
             plot.errorbar(
-                [each.bits or 0.0], [each.perplexity], [each.stderr or 0.0],
+                [each.bits or 0.0], [_shown(each.perplexity)], [max(0.0, each.stderr or 0.0)],
                 color=SERIES[number % len(SERIES)], marker=MARKERS[number % len(MARKERS)],
                 markersize=7, linestyle="", capsize=3, label=each.model,
             )  # fmt: skip
         for each in evaluations.references:
-            plot.axhline(each.perplexity, color=INK, linestyle="--", linewidth=1, label=each.model)
+            height = _shown(each.perplexity)
+            plot.axhline(height, color=INK, linestyle="--", linewidth=1, label=each.model)
         plot.margins(x=0.15, y=0.15)
         plot.set_xlabel("bits per weight")
         plot.set_ylabel("perplexity")
@@ -166,17 +170,24 @@ def _draw_kinds(plot: Axes, record: CheckpointRecord, value: Figures) -> None:
         layers = [layer for layer in record.numbered if layer.kind == kind]
         numbers = sorted({layer.number for layer in layers if layer.number is not None})
         heights = [
-            mean([layer for layer in layers if layer.number == number], value) for number in numbers
+            _shown(mean([layer for layer in layers if layer.number == number], value))
+            for number in numbers
         ]
         colour = SERIES[place % len(SERIES)]
         marker = MARKERS[place % len(MARKERS)]
         plot.plot(numbers, heights, color=colour, marker=marker, label=kind)
-    found = [value(layer.error) for layer in record.numbered]
-    if max(found) > LOG_RATIO * min(found) > 0:
+    found = [x for layer in record.numbered if isfinite(x := _shown(value(layer.error)))]
+    highest = max(found, default=0.0)
+    if highest > LOG_RATIO * min(found, default=0.0) > 0:
         plot.set_yscale("log")
         _label_values(plot)
-    else:
-        plot.set_ylim(0, 1.1 * max(found))
+    elif highest > 0:
+        plot.set_ylim(0, 1.1 * highest)
+
+
+def _shown(value: float) -> float:
+    """`value`, or NaN, which plots leave out, in the place of one that no axis could show."""
+    return value if abs(value) < LARGEST else nan
 
 
 def _label_values(plot: Axes) -> None:

@@ -6,25 +6,16 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint, LayerInfo, open_checkpoint
+from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint, LayerInfo, open_checkpoint, read_json
 from pcdvq_kernels.errors import CheckpointError
-from pydantic import BaseModel, ValidationError
 
 from pcdvq_quantizer.layer import LayerError
+from pcdvq_quantizer.record import WholeRecord, parse_record
 
+MOST_DIGITS = 6  # of a layer number that a plot can show
 # As they follow each other in a decoder layer; others come after them.
 KINDS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj")
-
-
-class RunRecord(BaseModel):
-    """`REPORT_FILE`: what a run has left about itself."""
-
-    model: str
-    options: dict[str, Any]
-    errors: dict[str, LayerError]
-    skipped: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ class CheckpointRecord:
     """A checkpoint and the errors recorded with it; `layers` are all of its quantized layers."""
 
     checkpoint: Checkpoint
-    run: RunRecord
+    run: WholeRecord
     layers: list[LayerRecord]
 
     @property
@@ -77,8 +68,9 @@ class CheckpointRecord:
 
     @property
     def direction_share(self) -> float:
-        """Share of `weight_error` that is due to directions."""
-        return mean(self.linears, lambda error: error.weight * error.direction) / self.weight_error
+        """Share of `weight_error` that is due to directions; 0 where there is no error."""
+        directions = mean(self.linears, lambda error: error.weight * error.direction)
+        return directions / self.weight_error if self.weight_error else 0.0
 
     @property
     def stored_bytes(self) -> int:
@@ -109,19 +101,12 @@ def read_record(directory: Path) -> CheckpointRecord:
     """
     checkpoint = open_checkpoint(directory)
     path = directory / REPORT_FILE
-    try:
-        run = RunRecord.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         raise CheckpointError(
             f"{path} is missing, which holds the errors of all layers. Copy it from where the "
             "checkpoint was made, or quantize again."
-        ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise CheckpointError(
-            f"{path} is not a record of this release ({where}: {first['msg']}). Quantize again."
-        ) from None
+        )
+    run = parse_record(WholeRecord, read_json(path), path)
     if missing := checkpoint.layers.keys() - run.errors.keys():
         raise CheckpointError(
             f"{path} has no error of layer {min(missing)} ({len(missing)} in all). Quantize again."
@@ -136,5 +121,5 @@ def read_record(directory: Path) -> CheckpointRecord:
 
 def _place(name: str) -> tuple[int | None, str]:
     """Number and kind of layer `name`: (3, q_proj) of `model.layers.3.self_attn.q_proj`."""
-    number = re.search(r"\.(\d+)\.", name)
+    number = re.search(rf"\.([0-9]{{1,{MOST_DIGITS}}})\.", name)
     return int(number[1]) if number else None, name.rpartition(".")[2]

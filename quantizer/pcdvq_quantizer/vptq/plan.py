@@ -18,8 +18,9 @@ from pcdvq_quantizer.calibration.parallel import Processes
 from pcdvq_quantizer.calibration.statistics import InputStatistics
 from pcdvq_quantizer.experts import experts_of
 from pcdvq_quantizer.layer import StoredLayer
-from pcdvq_quantizer.plan import Plan, RunOptions, check_unquantized
-from pcdvq_quantizer.selection import DEFAULT_SKIP, select_layers
+from pcdvq_quantizer.plan import Plan, RunOptions
+from pcdvq_quantizer.selection import select_layers
+from pcdvq_quantizer.source_check import check_source
 from pcdvq_quantizer.sources import Source
 from pcdvq_quantizer.vptq.choice import LayoutOptions, check_options, choose, config_entry
 from pcdvq_quantizer.vptq.stage import Storage, quantize_alone, quantize_stage
@@ -40,10 +41,10 @@ class VPTQOptions(LayoutOptions, RunOptions):
         """What becomes of each tensor of `source`.
 
         Raises:
-            PCDVQError: it is quantized already, has experts, or a layer cannot have such a layout.
+            PCDVQError: as `check_source`; it has experts, or a layer cannot have such a layout.
         """
-        check_unquantized(source)
-        selection = select_layers(source, DEFAULT_SKIP + self.skip)
+        source = check_source(source)
+        selection = select_layers(source, self.skip, method=self.method)
         if experts := next(filter(experts_of, selection.layers), None):
             raise PCDVQError(
                 f"{experts} is part of a mixture of experts, which VPTQ checkpoints are not served "

@@ -17,7 +17,7 @@ from pcdvq_quantizer.calibration.stage import (
     prepare_moments,
 )
 from pcdvq_quantizer.calibration.statistics import InputStatistics
-from pcdvq_quantizer.layer import ErrorSum, StoredLayer
+from pcdvq_quantizer.layer import ErrorSum, StoredLayer, relative
 from pcdvq_quantizer.vptq.rounding import (
     ROUNDS,
     Problem,
@@ -69,9 +69,9 @@ def quantize_stage(
     parts = zip(original.split(counts), aim.split(counts), layouts, strict=True)
     for part, wanted, layout in parts:
         packed, decoded = _quantize(wanted, layout, columns, storage)
-        power = energy(part, moments.hessian).clamp_min(1e-30)
-        output = energy(decoded - wanted, moments.hessian) / power
-        error = _weight_error(part, decoded, layout).total(output.item())
+        lost = energy(decoded - wanted, moments.hessian).item()
+        output = relative(lost, energy(part, moments.hessian).item())
+        error = _weight_error(part, decoded, layout).total(output)
         layers.append(StoredLayer(packed, error))
         dense.append(torch.empty_like(decoded).index_copy_(1, order, decoded))
     return layers, dense

@@ -31,8 +31,8 @@ from pcdvq_quantizer.calibration.gradients import DiskStack, run_back
 from pcdvq_quantizer.calibration.objectives.base import OutputFisher, StageObjective, Text
 from pcdvq_quantizer.calibration.statistics import add_lower_square
 from pcdvq_quantizer.experts import experts_of
+from pcdvq_quantizer.files import save_whole
 from pcdvq_quantizer.progress import Progress
-from pcdvq_quantizer.writer import save_whole
 
 ROWS = 2048  # of a block of A; outputs of different blocks are taken for independent
 HALVES = 2

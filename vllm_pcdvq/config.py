@@ -127,7 +127,11 @@ class PCDVQConfig(QuantizationConfig):
         # Imported here because `register` must stay light.
         from vllm_pcdvq.row_order import check_classifier, check_row_orders
 
-        check_row_orders(QUANT_METHOD, hf_config, self.checkpoint.layers, LEAVES)
+        parts = {
+            layer: self.checkpoint.codebooks[codebook].row_multiple
+            for layer, codebook in self.checkpoint.layers.items()
+        }
+        check_row_orders(QUANT_METHOD, hf_config, parts, LEAVES)
         check_classifier(hf_config, self.checkpoint.head or self.checkpoint.embedding)
         self.codebooks = CodebookStore(read_codebooks(model_name, revision, self.checkpoint))
 

@@ -43,7 +43,7 @@ class PCDVQLinearMethod(LinearMethodBase):
     N and K are the layer's output and input size on this tensor-parallel rank.
 
     While weights load, the layer has the parameters
-        qweight    uint8 [N, row_bytes(K)]
+        qweight    uint8 [stored_rows(N), row_bytes(K)]
         row_scale  bfloat16 [N]
         signs_in   uint8 [slots, K / 8], one row per part of a fused layer
     and afterwards
@@ -98,11 +98,12 @@ class PCDVQLinearMethod(LinearMethodBase):
             self.prefix,
             {QWEIGHT: self.spec.row_bytes(input_size), SIGNS_IN: input_size // 8},
             slots,
+            self.spec.row_multiple,
             load=extra_weight_attrs["weight_loader"],
             load_bias=layer.weight_loader,
         ).attach(layer)
         shapes = {
-            QWEIGHT: (rows, self.spec.row_bytes(input_size_per_partition)),
+            QWEIGHT: (self.spec.stored_rows(rows), self.spec.row_bytes(input_size_per_partition)),
             ROW_SCALE: (rows,),
             SIGNS_IN: (slots, input_size_per_partition // 8),
         }
@@ -275,9 +276,9 @@ def check_rows(name: str, spec: CodebookSpec, part_sizes: list[int], output_size
 
     def misfit(size: int) -> int | None:
         parts = [rows * tp_size // size for rows in part_sizes]
-        # Nothing starts below the last part of an unsplit layer.
-        starts = parts if size > 1 else parts[:-1]
-        return next((rows for rows in starts if rows % spec.row_multiple), None)
+        # A layer that is neither split nor fused has padding after its last row.
+        whole = size == 1 and len(parts) == 1
+        return next((rows for rows in parts if rows % spec.row_multiple and not whole), None)
 
     rows = misfit(tp_size)
     if rows is None:

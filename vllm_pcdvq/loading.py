@@ -39,6 +39,7 @@ class LayerLoad:
         name: vLLM's name of the layer.
         widths: length of the last dimension on disk, of the tensors that depend on K.
         slots: number of slots.
+        row_multiple: rows of `qweight` on disk are rounded up to a multiple of it.
         load: vLLM's loader of sharded parameters.
         load_bias: vLLM's loader of the layer's bias.
         filled: slots loaded so far, by tensor.
@@ -47,6 +48,7 @@ class LayerLoad:
     name: str
     widths: dict[str, int]
     slots: int
+    row_multiple: int
     load: Callable[..., None]
     load_bias: Callable[..., None]
     filled: dict[str, set[int]] = field(default_factory=dict)
@@ -112,6 +114,12 @@ def load_tensor(
         first = layer.tp_rank * columns if columns < loaded_weight.shape[0] else 0
         shard = loaded_weight.narrow(0, first, columns)
         param.data[slots] = shard
+    elif tensor == QWEIGHT and isinstance(layer, VocabParallelEmbedding):
+        # vLLM's loader knows no padding of chains after the vocabulary's last row.
+        first = layer.tp_rank * layer.num_embeddings_per_partition
+        shard = loaded_weight[first : first + len(param)]
+        param.data[: len(shard)] = shard
+        param.data[len(shard) :] = 0
     else:
         load = state.load_bias if tensor == BIAS else state.load
         shard_args = () if loaded_shard_id is None else (loaded_shard_id,)
@@ -129,6 +137,8 @@ def _check(layer: PackedLayer, tensor: str, slots: list[int], loaded: Tensor) ->
             f"tensor {name} is {loaded.dtype}, the format asks for {dtype or 'a float'}"
         )
     rows = _rows_on_disk(layer, slots)
+    if rows is not None and tensor == QWEIGHT:
+        rows = -(-rows // state.row_multiple) * state.row_multiple
     expected = [loaded.shape[0] if rows is None and loaded.dim() else rows]
     if tensor == SIGNS_IN:
         expected = []

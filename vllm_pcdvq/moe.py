@@ -225,6 +225,7 @@ class PCDVQMoEMethod(FusedMoEMethodBase):
         down, gate = (f"{self.prefix}.*.{names[shard]}" for shard in (DOWN, GATE))
         check_split(down, self.spec, blocks[1], all_inner, inner)
         check_rows(gate, self.spec, [inner, inner], 2 * all_inner)
+        check_rows(down, self.spec, [hidden_size] * 2, 2 * hidden_size)  # experts are stacked
         vllm_config = get_current_vllm_config_or_none()
         activations = self.config.activations(vllm_config)
         self.layouts = [Layout(block, self.spec, activations) for block in blocks]

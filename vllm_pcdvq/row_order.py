@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,22 +24,23 @@ HALVES = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration", "EagleLlama4For
 
 
 def check_row_orders(
-    method: str, hf_config: PreTrainedConfig | None, layers: Iterable[str], remedy: str
+    method: str, hf_config: PreTrainedConfig | None, layers: Mapping[str, int], remedy: str
 ) -> None:
     """Check that vLLM loads the rows of all quantized layers in an order that can be served.
 
     Args:
         method: `quant_method` of the checkpoint.
         hf_config: the model's configuration.
-        layers: names of the quantized layers on disk.
+        layers: names of the quantized layers on disk, each with the rows of a part that decodes by
+            itself.
         remedy: what to do about one that cannot.
 
     Raises:
         CheckpointError: one cannot.
     """
     config = hf_config.to_dict() if hf_config is not None else {}
-    for layer in layers:
-        if reason := reordered(config, layer, method):
+    for layer, row_multiple in layers.items():
+        if reason := reordered(config, layer, method, row_multiple):
             raise CheckpointError(
                 f"layer {layer} is quantized, and {reason}, which codes do not survive. {remedy}"
             )

@@ -125,7 +125,9 @@ class VPTQConfig(QuantizationConfig):
         # Imported here because `register` must stay light.
         from vllm_pcdvq.row_order import check_row_orders
 
-        check_row_orders(QUANT_METHOD, hf_config, [*self.layers, *self.shared], OTHER)
+        check_row_orders(
+            QUANT_METHOD, hf_config, dict.fromkeys([*self.layers, *self.shared], 1), OTHER
+        )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename all modules as the model does; each distinct mapper is applied once."""

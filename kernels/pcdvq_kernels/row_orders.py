@@ -35,8 +35,8 @@ class Reordering:
     Attributes:
         architectures: beginnings of their names.
         layers: last parts of the names of the layers.
-        when: whether it concerns a model with this config.json, packed by this method into parts of so
-            many rows.
+        when: whether it concerns a model with this config.json, packed by this method, in parts of
+            so many rows.
     """
 
     architectures: tuple[str, ...]

@@ -31,8 +31,11 @@ def choose_chain_rows(
     head_rows = _head_rows(text)
     chains: dict[str, int] = {}
     for name, count in rows.items():
-        module = name.rpartition(".")[0]
-        chains[module] = min(chains.get(module, CHAIN_ROWS[0]), _longest(count, sizes, head_rows))
+        module, _, part = name.rpartition(".")
+        shards = {max(count // size, min(head_rows, count)) for size in sizes if count % size == 0}
+        if part in MOVED_BY_HEADS and head_rows:
+            shards.add(head_rows)
+        chains[module] = min(chains.get(module, CHAIN_ROWS[0]), _longest(count, shards))
     return {name: chains[name.rpartition(".")[0]] for name in rows}
 
 

@@ -57,7 +57,7 @@ class Encoder:
         return encode(x.reshape(-1, spec.vector_dim)).view(x.shape[:2])
 
     def round(self, x: Tensor, row_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Codes of `x`, as `encode` has them, and the levels, fp32 like `x`, that they decode to."""
+        """Codes of `x`, as `encode` has them, and their levels, fp32 like `x`."""
         codes = self.encode(x, row_weight)
         return codes, self.codebook.decode(codes)[: len(x)].float()
 

@@ -65,7 +65,7 @@ def test_golden_decode() -> None:
 
 
 def test_golden_windows() -> None:
-    """The bytes of 0x0102 * 0x96459645 are 8A, 71, 21, 72 from the lowest, of 0xFFFF BB, 69, FF, FF."""
+    """Of 0x0102 the product has the bytes 8A, 71, 21, 72, of 0xFFFF BB, 69, FF, FF."""
     windows = torch.tensor([0, 0x0102, 0xFFFF])
     pairs = [[0, 0], [(0x8A + 0x21 + 1) // 2, (0x71 + 0x72 + 1) // 2], [221, 180]]
     assert (trellis.window_levels(windows, 4) + 128).tolist() == pairs

@@ -111,7 +111,7 @@ def test_bad_arguments(run, position: int, value: torch.Tensor, message: str) ->
 def test_gate_and_up_of_different_sizes() -> None:
     args = list(moe_case("trellis-4x64", 2).args())
     args[3] = [args[3][0][:, :-1].contiguous(), args[3][1][:, :-1].contiguous(), args[3][2]]
-    with pytest.raises(PCDVQError, match="gate_up qweight|gate_up has 126 rows"):
+    with pytest.raises(PCDVQError, match=r"gate_up qweight|gate_up has 126 rows"):
         torch.ops.pcdvq.moe(*args)
 
 

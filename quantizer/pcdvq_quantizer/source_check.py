@@ -19,6 +19,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.experts import separate_experts, without_fusing
 from pcdvq_quantizer.layer import check_finite
 from pcdvq_quantizer.selection import build_empty, hf_config
@@ -132,11 +133,20 @@ def _load_empty(
     return info
 
 
+def _head_without_use(source: Source, model: PreTrainedModel) -> set[str]:
+    """The output head where the model is said to be a body, such as one that makes embeddings."""
+    architectures = source.config.get("architectures") or ["ForCausalLM"]
+    _, head = find_embeddings(model)
+    is_body = all(name.endswith("Model") for name in architectures)
+    return {f"{head}.weight", f"{head}.bias"} if is_body else set()
+
+
 def _check_complete(source: Source, model: PreTrainedModel, info: LoadStateDictInfo) -> None:
     """Raises PCDVQError for a tensor that is missing, or that the model would have no use for."""
     tied = model.all_tied_weights_keys
-    # Of a pair of tied tensors the second need not be stored.
-    if missing := sorted(info.missing_keys, key=lambda name: (name in tied, name)):
+    # Of a pair of tied tensors the second need not be stored, nor a head that no class asks for.
+    head = _head_without_use(source, model)
+    if missing := sorted(info.missing_keys - head, key=lambda name: (name in tied, name)):
         raise PCDVQError(
             f"{source.name} lacks tensor {missing[0]} ({len(missing)} in all). {REMEDY}"
         )

@@ -111,6 +111,8 @@ def test_model_without_a_head(text: Path, tmp_path: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
     options = QuantizeOptions(calibration=str(text), samples=2, sequence_length=32)
     for changes in ({"calibration": SELF}, {"objective": "fisher"}, {"bits": 2.5}):
         plan = make_plan(str(model), replace(options, **changes))

@@ -300,7 +300,7 @@ def test_models_that_cannot_be_quantized(tmp_path: Path) -> None:
     with pytest.raises(PCDVQError, match="neither a local directory"):
         make_plan(str(tmp_path / "missing"), OPTIONS)
     (source / "model.safetensors").rename(source / "consolidated.safetensors")
-    with pytest.raises(PCDVQError, match=r"Mistral's own format.*Hugging Face's format"):
+    with pytest.raises(PCDVQError, match=r"Mistral's own layout.*Hugging Face's layout"):
         make_plan(str(source), OPTIONS)
     (source / "consolidated.safetensors").rename(source / "pytorch_model.bin")
     with pytest.raises(PCDVQError, match="pickled"):

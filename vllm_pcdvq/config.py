@@ -124,6 +124,12 @@ class PCDVQConfig(QuantizationConfig):
         """
         self.codebooks = CodebookStore(read_codebooks(model_name, revision, self.checkpoint))
 
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """vLLM's own, which looks at each tensor on the way."""
+        from vllm_pcdvq.weights import FiniteWeights
+
+        return FiniteWeights.of(super().get_checkpoint_weight_mapper())
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename all modules as the model does.
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pcdvq_kernels import reference
-from pcdvq_kernels.checkpoint import PACKED_TENSORS, QWEIGHT, REMEDY, ROW_SCALE, SIGNS_IN
+from pcdvq_kernels.checkpoint import (
+    PACKED_TENSORS,
+    QWEIGHT,
+    REMEDY,
+    ROW_SCALE,
+    SIGNS_IN,
+    is_finite,
+)
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.cpu_packing import unpack
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
@@ -149,11 +156,11 @@ class PCDVQLinearMethod(LinearMethodBase):
         dummy = not layer.pcdvq_load.filled
         layer.pcdvq_load.check_complete(getattr(layer, "bias", None) is not None)
         row_scale = layer.row_scale.data.float()
-        if not row_scale.isfinite().all():
+        if not is_finite(row_scale):
             state = "missing or not finite" if dummy else "not finite"
             raise CheckpointError(f"tensor {self.prefix}.{ROW_SCALE} is {state}. {REMEDY}")
         bias = getattr(layer, "bias", None)
-        if bias is not None and not bias.isfinite().all():
+        if bias is not None and not is_finite(bias):
             raise CheckpointError(f"tensor {self.prefix}.bias is not finite. {REMEDY}")
         signs_in = layer.signs_in.data
         if signs_in.dim() == 1:
@@ -204,12 +211,12 @@ class CheckedUnquantizedLinearMethod(UnquantizedLinearMethod):
         """Check the weight, then do what vLLM does.
 
         Raises:
-            CheckpointError: the checkpoint has no such weight, or it holds NaN.
+            CheckpointError: the checkpoint has no such weight, or one beyond the layer's dtype.
         """
-        if layer.weight.isnan().any():
+        if not is_finite(layer.weight):
             raise CheckpointError(
-                f"tensor {layer.prefix}.weight is missing from the checkpoint or holds NaN. "
-                f"{REMEDY}"
+                f"tensor {layer.prefix}.weight is missing from the checkpoint, or not finite as "
+                f"{layer.weight.dtype}. {REMEDY}"
             )
         super().process_weights_after_loading(layer)
 

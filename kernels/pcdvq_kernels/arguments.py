@@ -271,7 +271,7 @@ def check_routing(
     gate_up: Sequence[Tensor],
     down: Sequence[Tensor],
 ) -> None:
-    """Raise PCDVQError unless `x` has tokens, the next two experts for each, the others 3 tensors."""
+    """Raise PCDVQError unless `x` has tokens, with experts for each, and experts have 3 tensors."""
     if not _is_strided(x) or x.dtype not in ACTIVATION_DTYPES or x.dim() != 2:
         raise PCDVQError(f"x is {describe(x)}; expected bf16, fp16 or fp32 [T, H]")
     ids_fit = topk_ids.dim() == 2 and topk_ids.shape[0] == x.shape[0]

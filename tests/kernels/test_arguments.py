@@ -53,7 +53,7 @@ def test_a_tensor_on_another_device(name: str) -> None:
     operator, args = getattr(torch.ops.pcdvq, name), CALLS[name]()
     for tensor in (lambda t: t.to("meta"), lambda t: t.to("meta")[..., :1]):
         for one in changed(args, tensor):
-            with pytest.raises(PCDVQError, match="on different devices .cpu, meta."):
+            with pytest.raises(PCDVQError, match=r"on different devices \(cpu, meta\)"):
                 operator(*one)
 
 
@@ -108,7 +108,7 @@ def test_expert_ids(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for far in (case.experts, *FAR):
         wrong = ids.clone()
         wrong[-1, -1] = far
-        with pytest.raises(PCDVQError, match=rf"topk_ids lie in .*{far}\].*0 to {case.experts - 1}"):
+        with pytest.raises(PCDVQError, match=rf"topk_ids lie in .*{far}\].* are 0 to 6"):
             torch.ops.pcdvq.moe(x, weights, wrong, *experts)
     with pytest.raises(PCDVQError, match="topk_ids lie in"):
         torch.ops.pcdvq.moe(x, weights, torch.full_like(ids, case.experts).int(), *experts)
@@ -174,7 +174,7 @@ def test_codes_of_two_kinds() -> None:
     columns, scale, shift, codes, tables = weight.args()
     assert len(codes) == 2
     mixed = [codes[0], codes[1].view(torch.int32)]
-    with pytest.raises(PCDVQError, match="codes is torch.int32"):
+    with pytest.raises(PCDVQError, match=r"codes is torch\.int32"):
         torch.ops.pcdvq.vptq_linear(
             torch.randn(2, 64), columns, scale, shift, mixed, tables, None, weight.layout
         )

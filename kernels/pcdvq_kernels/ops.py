@@ -111,10 +111,18 @@ def prepacks(device: torch.device) -> bool:
 
     So they are on GPUs, unless the environment says PCDVQ_BACKEND=torch. On a CPU only if it says
     PCDVQ_BACKEND=triton and TRITON_INTERPRET=1, for tests.
+
+    Raises:
+        PCDVQError: the environment names another backend.
     """
+    backend = os.environ.get("PCDVQ_BACKEND") or None
+    if backend not in (None, "torch", "triton"):
+        raise PCDVQError(
+            f"PCDVQ_BACKEND in the environment is {backend!r}; choose from torch and triton, or "
+            "unset it"
+        )
     if find_spec("triton") is None:
         return False
-    backend = os.environ.get("PCDVQ_BACKEND")
     if device.type == "cpu":
         return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return device.type == "cuda" and backend != "torch"

@@ -32,6 +32,7 @@ from pcdvq_quantizer.layer import (
     quantize_linear,
 )
 from pcdvq_quantizer.selection import DEFAULT_SKIP, Selection, select_layers
+from pcdvq_quantizer.served import Heads, describe_splits
 from pcdvq_quantizer.sources import Source, open_source
 
 SELF = "self"  # calibrate on text the model writes
@@ -171,6 +172,10 @@ class Plan(ABC):
         """Codebooks that layers share, in the order of their ids."""
         return []
 
+    def split_limit(self) -> str | None:
+        """Why not every tensor-parallel size that was asked for will do; None if it will."""
+        return None
+
     @abstractmethod
     def packed_bytes(self, layer: str) -> int:
         """Stored size of `layer`."""
@@ -283,6 +288,10 @@ class PCDVQPlan(Plan):
     def quantization_config(self) -> dict[str, Any]:
         return self.config.model_dump(exclude_none=True)
 
+    def split_limit(self) -> str | None:
+        shapes = {name: self.shape(name) for name in self.selection.linears}
+        return describe_splits(shapes, self.config, Heads.of(self.source.config))
+
     def quantize(self, name: str) -> QuantizedLinear:
         """Layer `name`, each group rounded to its nearest code."""
         weight = self.load(name)
@@ -330,7 +339,11 @@ def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
     embedding_codebook = get_embedding_codebook(options.embedding_bits, options.codec)
     check_unquantized(source)
     selection = select_layers(
-        source, DEFAULT_SKIP + options.skip, embeddings=embedding_codebook is not None
+        source,
+        DEFAULT_SKIP + options.skip,
+        embeddings=embedding_codebook is not None,
+        spec=codebook.codebook.spec,
+        max_tp=options.max_tp,
     )
     codebooks = dict.fromkeys(selection.layers, codebook)
     if embedding_codebook is not None:

@@ -9,12 +9,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.experts import experts_of, separate_experts
+from pcdvq_quantizer.served import Heads, find_unserved
 from pcdvq_quantizer.sources import Source
 
 MIN_FEATURES = 8
@@ -71,14 +73,20 @@ def describe_skipped(skipped: dict[str, str]) -> list[str]:
 
 
 def select_layers(
-    source: Source, skip: tuple[str, ...] = DEFAULT_SKIP, embeddings: bool = False
+    source: Source,
+    skip: tuple[str, ...] = DEFAULT_SKIP,
+    embeddings: bool = False,
+    spec: CodebookSpec | None = None,
+    max_tp: int = 1,
 ) -> Selection:
-    """Find the linear layers of `source` that the format can hold.
+    """Find the linear layers of `source` that the format can hold and the plugin serves.
 
     Args:
         source: the model.
         skip: patterns of layer names to leave as they are.
         embeddings: whether input embedding and output head are quantized too, skipped or not.
+        spec: layout of the linear layers' codes; None for a method that splits any rows.
+        max_tp: tensor-parallel size to keep possible.
 
     Raises:
         PCDVQError: the architecture is unknown, or nothing of it can be quantized.
@@ -104,6 +112,11 @@ def select_layers(
             )
         else:
             layers.append(name)
+    unserved = _tied_with_bias(roles, layers, source)
+    rows = {name: source.shapes[f"{name}.weight"][0] for name in layers if name not in roles}
+    unserved |= find_unserved(linears, rows, spec, Heads.of(source.config), max_tp)
+    layers = [name for name in layers if name not in unserved]
+    skipped |= unserved
     # Experts are served as one layer.
     whole = {experts_of(name) for name in skipped} - {None}
     for name in [name for name in layers if experts_of(name) in whole]:
@@ -118,6 +131,16 @@ def select_layers(
     embedding, head = (name if name in layers else None for name in roles)
     left = tuple(sorted(linears.difference(layers)))
     return Selection(layers, skipped, embedding, head, left)
+
+
+def _tied_with_bias(
+    roles: tuple[str | None, str | None], layers: list[str], source: Source
+) -> dict[str, str]:
+    """The input embedding and why it stays, if the head that is tied to it keeps it so."""
+    embedding, head = roles
+    if embedding in layers and head not in layers and f"{head}.bias" in source.shapes:
+        return {embedding: "the output head is tied to it and has a bias"}
+    return {}
 
 
 def hf_config(config: dict[str, Any]) -> PreTrainedConfig:

@@ -182,7 +182,7 @@ def test_codes_of_two_kinds() -> None:
 
 def test_a_backend_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PCDVQ_BACKEND", "tritn")
-    with pytest.raises(PCDVQError, match="PCDVQ_BACKEND .* is 'tritn'; choose from torch and"):
+    with pytest.raises(PCDVQError, match=r"PCDVQ_BACKEND .* is 'tritn'; choose from torch and"):
         ops.prepacks(torch.device("cpu"))
     monkeypatch.setenv("PCDVQ_BACKEND", "")
     assert not ops.prepacks(torch.device("cpu"))

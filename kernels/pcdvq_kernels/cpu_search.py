@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pcdvq_kernels.arguments import check_nearest, check_trellis, check_windows
 from pcdvq_kernels.cpu import (
     NEAREST,
     TRELLIS,
@@ -15,6 +14,7 @@ from pcdvq_kernels.cpu import (
     loaded,
     raise_status,
 )
+from pcdvq_kernels.search_arguments import check_nearest, check_trellis, check_windows
 
 
 def nearest(x: Tensor, codewords: Tensor, bias: Tensor, *, isa: str = "auto") -> Tensor:

@@ -31,6 +31,7 @@ from pcdvq_quantizer.layer import (
     quantize_linear,
 )
 from pcdvq_quantizer.selection import Selection, select_layers
+from pcdvq_quantizer.served import Heads, describe_splits
 from pcdvq_quantizer.source_check import check_source
 from pcdvq_quantizer.sources import Source, open_source
 from pcdvq_quantizer.texts import find_file, read_bytes
@@ -177,6 +178,10 @@ class Plan(ABC):
         """Codebooks that layers share, in the order of their ids."""
         return []
 
+    def split_limit(self) -> str | None:
+        """Why not every tensor-parallel size that was asked for will do; None if it will."""
+        return None
+
     @abstractmethod
     def packed_bytes(self, layer: str) -> int:
         """Stored size of `layer`."""
@@ -287,6 +292,10 @@ class PCDVQPlan(Plan):
     def quantization_config(self) -> dict[str, Any]:
         return self.config.model_dump(exclude_none=True)
 
+    def split_limit(self) -> str | None:
+        shapes = {name: self.shape(name) for name in self.selection.linears}
+        return describe_splits(shapes, self.config, Heads.of(self.source.config))
+
     def quantize(self, name: str) -> QuantizedLinear:
         """Layer `name`, each group rounded to its nearest code."""
         weight = self.load(name)
@@ -333,7 +342,13 @@ def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
     codebook = get_codebook(options.codec, rate)
     embedding_codebook = get_embedding_codebook(options.embedding_bits, options.codec)
     source = check_source(source)
-    selection = select_layers(source, options.skip, embeddings=embedding_codebook is not None)
+    selection = select_layers(
+        source,
+        options.skip,
+        embeddings=embedding_codebook is not None,
+        spec=codebook.codebook.spec,
+        max_tp=options.max_tp,
+    )
     codebooks = dict.fromkeys(selection.layers, codebook)
     if embedding_codebook is not None:
         codebooks |= dict.fromkeys(selection.stored_embeddings, embedding_codebook)

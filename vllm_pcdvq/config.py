@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.models.utils import WeightsMapper
 
-# Key of vLLM's --additional-config.
+# Keys of vLLM's --additional-config that are ours, each with its values.
 ACTIVATIONS_OPTION = "pcdvq_activations"
+OPTIONS = {ACTIVATIONS_OPTION: ACTIVATIONS}
 
 LEAVES = "Quantize again: `pcdvq quantize` leaves such layers as they are."
 
@@ -40,16 +41,22 @@ def activations_option(vllm_config: VllmConfig | None) -> Activations | None:
     """What the server's option says that activations are rounded to; None without it.
 
     Raises:
-        PCDVQError: it has another value.
+        PCDVQError: it has another value, or another option seems meant for this plugin.
     """
-    options = vllm_config.additional_config if vllm_config else {}
-    value = options.get(ACTIVATIONS_OPTION) if isinstance(options, dict) else None
-    if value is not None and value not in ACTIVATIONS:
-        raise PCDVQError(
-            f"{ACTIVATIONS_OPTION} in --additional-config is {value!r}; choose from "
-            f"{', '.join(ACTIVATIONS)}"
-        )
-    return value
+    given = vllm_config.additional_config if vllm_config else {}
+    # Other plugins have keys, or a whole class, of their own.
+    options = given if isinstance(given, dict) else {}
+    for key, value in options.items():
+        if key in OPTIONS and value not in OPTIONS[key]:
+            raise PCDVQError(
+                f"{key} in --additional-config is {value!r}; choose from {', '.join(OPTIONS[key])}"
+            )
+        if key not in OPTIONS and str(key).lower().startswith("pcdvq"):
+            raise PCDVQError(
+                f"--additional-config has the unknown key {key!r}; vllm-pcdvq knows "
+                f"{', '.join(OPTIONS)}"
+            )
+    return options.get(ACTIVATIONS_OPTION)
 
 
 class PCDVQConfig(QuantizationConfig):
@@ -134,6 +141,12 @@ class PCDVQConfig(QuantizationConfig):
         check_row_orders(QUANT_METHOD, hf_config, parts, LEAVES)
         check_classifier(hf_config, self.checkpoint.head or self.checkpoint.embedding)
         self.codebooks = CodebookStore(read_codebooks(model_name, revision, self.checkpoint))
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """vLLM's own, which looks at each tensor on the way."""
+        from vllm_pcdvq.weights import FiniteWeights
+
+        return FiniteWeights.of(super().get_checkpoint_weight_mapper())
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename all modules as the model does.

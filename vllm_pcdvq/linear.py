@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pcdvq_kernels import reference
-from pcdvq_kernels.checkpoint import PACKED_TENSORS, QWEIGHT, REMEDY, ROW_SCALE, SIGNS_IN
-from pcdvq_kernels.config import CodebookSpec
+from pcdvq_kernels.checkpoint import (
+    PACKED_TENSORS,
+    QWEIGHT,
+    REMEDY,
+    ROW_SCALE,
+    SIGNS_IN,
+    is_finite,
+)
 from pcdvq_kernels.cpu_packing import unpack
-from pcdvq_kernels.errors import CheckpointError, PCDVQError
-from pcdvq_kernels.hadamard import choose_block
+from pcdvq_kernels.errors import CheckpointError
 from pcdvq_kernels.ops import Layout, kernels_for, prepack_weight
+from pcdvq_kernels.serving import check_rows, check_split
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
@@ -156,11 +162,11 @@ class PCDVQLinearMethod(LinearMethodBase):
         dummy = not layer.pcdvq_load.filled
         layer.pcdvq_load.check_complete(getattr(layer, "bias", None) is not None)
         row_scale = layer.row_scale.data.float()
-        if not row_scale.isfinite().all():
+        if not is_finite(row_scale):
             state = "missing or not finite" if dummy else "not finite"
             raise CheckpointError(f"tensor {self.prefix}.{ROW_SCALE} is {state}. {REMEDY}")
         bias = getattr(layer, "bias", None)
-        if bias is not None and not bias.isfinite().all():
+        if bias is not None and not is_finite(bias):
             raise CheckpointError(f"tensor {self.prefix}.bias is not finite. {REMEDY}")
         signs_in = layer.signs_in.data
         if signs_in.dim() == 1:
@@ -212,81 +218,11 @@ class CheckedUnquantizedLinearMethod(UnquantizedLinearMethod):
         """Check the weight, then do what vLLM does.
 
         Raises:
-            CheckpointError: the checkpoint has no such weight, or it holds NaN.
+            CheckpointError: the checkpoint has no such weight, or one beyond the layer's dtype.
         """
-        if layer.weight.isnan().any():
+        if not is_finite(layer.weight):
             raise CheckpointError(
-                f"tensor {layer.prefix}.weight is missing from the checkpoint or holds NaN. "
-                f"{REMEDY}"
+                f"tensor {layer.prefix}.weight is missing from the checkpoint, or not finite as "
+                f"{layer.weight.dtype}. {REMEDY}"
             )
         super().process_weights_after_loading(layer)
-
-
-def check_split(
-    name: str, spec: CodebookSpec, block: int, input_size: int, shard_size: int
-) -> None:
-    """Check that a row-parallel split leaves whole Hadamard blocks and whole bytes in each shard.
-
-    Args:
-        name: the layer, for the error.
-        spec: layout of its codes.
-        block: its Hadamard block.
-        input_size: its columns.
-        shard_size: columns of one shard.
-
-    Raises:
-        PCDVQError: it does not; the message has a tensor-parallel size that would.
-    """
-
-    def fits(columns: int, block: int) -> bool:
-        code_bits = columns // spec.vector_dim * spec.code_bits
-        return columns % block == 0 and columns % 8 == 0 and code_bits % 8 == 0
-
-    tp_size = input_size // shard_size
-    if tp_size == 1 or fits(shard_size, block):
-        return
-    smaller = [
-        size
-        for size in range(2, tp_size)
-        if input_size % size == 0 and fits(input_size // size, block)
-    ]
-    remedy = f"Serve with --tensor-parallel-size {max(smaller, default=1)}"
-    if fits(shard_size, choose_block(input_size, tp_size)):
-        remedy += f", or quantize again with --max-tp {tp_size}"
-    raise PCDVQError(
-        f"layer {name} has {input_size} input columns in Hadamard blocks of {block}; "
-        f"--tensor-parallel-size {tp_size} would cut them into shards of {shard_size}, which are "
-        f"not whole blocks and whole bytes of codes. {remedy}."
-    )
-
-
-def check_rows(name: str, spec: CodebookSpec, part_sizes: list[int], output_size: int) -> None:
-    """Check that the parts of a layer on one rank start where their codes decode by themselves.
-
-    Args:
-        name: the layer, for the error.
-        spec: layout of its codes.
-        part_sizes: rows of each fused part on one rank.
-        output_size: rows of all parts on all ranks.
-
-    Raises:
-        PCDVQError: they do not; the message has a tensor-parallel size at which they would.
-    """
-    tp_size = output_size // sum(part_sizes)
-
-    def misfit(size: int) -> int | None:
-        parts = [rows * tp_size // size for rows in part_sizes]
-        # A layer that is neither split nor fused has padding after its last row.
-        whole = size == 1 and len(parts) == 1
-        return next((rows for rows in parts if rows % spec.row_multiple and not whole), None)
-
-    rows = misfit(tp_size)
-    if rows is None:
-        return
-    smaller = [size for size in range(1, tp_size) if tp_size % size == 0 and misfit(size) is None]
-    remedy = f"Serve with --tensor-parallel-size {max(smaller)}, or q" if smaller else "Q"
-    raise PCDVQError(
-        f"layer {name} has a part of {rows} rows on each rank at --tensor-parallel-size {tp_size}; "
-        f"its codec {spec.codec} decodes multiples of {spec.row_multiple} rows by themselves. "
-        f"{remedy}uantize again with --codec signed."
-    )

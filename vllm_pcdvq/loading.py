@@ -116,7 +116,7 @@ def load_tensor(
         param.data[slots] = shard
     elif tensor == QWEIGHT and isinstance(layer, VocabParallelEmbedding):
         # vLLM's loader knows no padding of chains after the vocabulary's last row.
-        first = layer.tp_rank * layer.num_embeddings_per_partition
+        first = layer.shard_indices.org_vocab_start_index
         shard = loaded_weight[first : first + len(param)]
         param.data[: len(shard)] = shard
         param.data[len(shard) :] = 0

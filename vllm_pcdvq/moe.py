@@ -11,6 +11,7 @@ import torch
 from pcdvq_kernels.checkpoint import PACKED_TENSORS, QWEIGHT, REMEDY, ROW_SCALE, SIGNS_IN
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 from pcdvq_kernels.ops import Layout, kernels_for, prepack_experts
+from pcdvq_kernels.serving import check_rows, check_split
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
@@ -18,7 +19,6 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_pcdvq.linear import check_rows, check_split
 from vllm_pcdvq.loading import DTYPES
 
 if TYPE_CHECKING:

@@ -78,12 +78,11 @@ class VPTQConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         return []
 
-    @staticmethod
-    def get_checkpoint_weight_mapper() -> WeightsMapper:
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Tables are embeddings on disk and parameters of the linear layer here."""
-        from vllm.model_executor.models.utils import WeightsMapper
+        from vllm_pcdvq.weights import FiniteWeights
 
-        return WeightsMapper(orig_to_new_suffix={f".{key}.weight": f".{key}" for key in TABLES})
+        return FiniteWeights(orig_to_new_suffix={f".{key}.weight": f".{key}" for key in TABLES})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> VPTQConfig:

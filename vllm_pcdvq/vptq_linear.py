@@ -169,7 +169,8 @@ class VPTQLinearMethod(LinearMethodBase):
         )
         slots = rows_of_rank(layer, self.prefix, output_partition_sizes)
         layer.vptq_sources = self._sources(slots, columns, input_size)
-        load = LayerLoad(self.prefix, {}, len(slots), layer.weight_loader, layer.weight_loader)
+        loaders = layer.weight_loader, layer.weight_loader
+        load = LayerLoad(self.prefix, {}, len(slots), 1, *loaders)
         load.attach(layer)
         loader = MethodType(load_tensor, layer)
         for source in layer.vptq_sources:

@@ -26,11 +26,13 @@ struct Moe {
         starts(allocate<int64_t>(p.experts + 1)),
         order(allocate<int64_t>(assignments)) {}
 
-  bool here(int64_t assignment) const {
-    return p.ids[assignment] >= 0 && p.ids[assignment] < p.experts;
-  }
+  bool here(int64_t assignment) const { return p.ids[assignment] >= 0; }
 
-  void sort() {
+  // False, with nothing sorted, if an id is none of the experts'.
+  bool sort() {
+    for (int64_t a = 0; a < assignments; ++a) {
+      if (p.ids[a] >= p.experts) return false;
+    }
     std::fill(starts.get(), starts.get() + p.experts + 1, int64_t(0));
     for (int64_t a = 0; a < assignments; ++a) {
       if (here(a)) ++starts[p.ids[a] + 1];
@@ -45,6 +47,7 @@ struct Moe {
     // Each start has moved to its end, which is the next one's start.
     std::copy_backward(starts.get(), starts.get() + p.experts, starts.get() + p.experts + 1);
     starts[0] = 0;
+    return true;
   }
 
   PcdvqStatus linear(const PcdvqExperts& experts, int64_t expert, const float* x, int64_t rows,
@@ -106,7 +109,7 @@ struct Moe {
 
   PcdvqStatus run() {
     if (!starts || !order) return PCDVQ_NO_MEMORY;
-    sort();
+    if (!sort()) return PCDVQ_BAD_ID;
     const Buffer<float> sums = allocate<float>(p.tokens * hidden);
     const Buffer<float> outer = allocate<float>(most * hidden);  // of the experts' in- and outputs
     const Buffer<float> both = allocate<float>(most * 2 * inner);

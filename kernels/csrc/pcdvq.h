@@ -90,7 +90,7 @@ struct PcdvqExperts {
 
 struct PcdvqMoe {
   const void* x;              // dtype [tokens, hidden]
-  const int32_t* ids;         // [tokens, top_k]; those outside of [0, experts) count for nothing
+  const int64_t* ids;         // [tokens, top_k]; those below 0 count for nothing
   const float* weights;       // [tokens, top_k]
   const int8_t* codewords;    // as in PcdvqLinear
   void* out;                  // dtype [tokens, hidden]
@@ -168,7 +168,7 @@ struct PcdvqVptqSegment {
 
 struct PcdvqVptq {
   const void* x;           // x_dtype [m, k]
-  const int32_t* columns;  // [k]: column of x of each column of the segments, in [0, k)
+  const int32_t* columns;  // [k]: column of x of each column of the segments
   const float* scale;      // [k], in the order of the segments
   const float* shift;      // [k], in the order of x
   const PcdvqVptqSegment* segments;
@@ -201,7 +201,7 @@ PCDVQ_API int32_t pcdvq_prepack(const PcdvqPrepack* problem);
 PCDVQ_API int32_t pcdvq_embedding(const PcdvqEmbedding* problem);
 
 // out[t] = sum over choices c of weights[t][c] down(silu(gate(x[t])) * up(x[t])) of expert ids[t][c],
-// in fp32. Returns a PcdvqStatus.
+// in fp32. An id from `experts` on is PCDVQ_BAD_ID, and nothing is written.
 PCDVQ_API int32_t pcdvq_moe(const PcdvqMoe* problem);
 
 // out[i] = argmax over c of x[i] . codewords[c] - bias[c], the lowest c of equals.
@@ -218,6 +218,7 @@ PCDVQ_API int32_t pcdvq_torch_register(const PcdvqTorch* torch);
 // Adds a layout that Python has found valid.
 PCDVQ_API void pcdvq_torch_accept(const PcdvqLinearShape* shape);
 
-// out = W (scale * x) + shift . x + bias, W of centroids plus residuals. Returns a PcdvqStatus.
+// out = W (scale * x) + shift . x + bias, W of centroids plus residuals. A column outside of [0, k) is
+// PCDVQ_BAD_ID, and nothing is written.
 PCDVQ_API int32_t pcdvq_vptq(const PcdvqVptq* problem);
 }

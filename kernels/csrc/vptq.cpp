@@ -99,7 +99,15 @@ struct Vptq {
     }
   }
 
+  // Whether every entry of `columns` is a column of x.
+  bool known_columns() const {
+    uint32_t most = 0;  // an entry below 0 is over any
+    for (int64_t c = 0; c < p.k; ++c) most = std::max(most, uint32_t(p.columns[c]));
+    return most < uint64_t(p.k);
+  }
+
   PcdvqStatus run() const {
+    if (!known_columns()) return PCDVQ_BAD_ID;
     const int64_t rows = tile_rows(), tiles = (p.skip + p.n + rows - 1) / rows;
     const int threads = int(std::clamp<int64_t>(tiles, 1, p.threads));
     const int64_t token_floats = round_up(kTokens * (kStripLanes + rows), 16);

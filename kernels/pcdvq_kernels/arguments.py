@@ -133,12 +133,32 @@ def _fits_pyramid(fields: LayoutFields) -> bool:
     )
 
 
+def check_same_device(*tensors: Tensor | None) -> None:
+    """Raise PCDVQError unless all of an operator's tensors are on one device.
+
+    Elsewhere `expect` does that. This is for operators that only make an output of the right shape:
+    torch asks them also where a single argument is on the device `meta`.
+    """
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise PCDVQError(
+            f"the arguments are on different devices ({', '.join(sorted(devices))}); move all of "
+            "them to one"
+        )
+
+
+def check_activations(x: Tensor) -> None:
+    """Raise PCDVQError unless `x` can be the activations of a linear layer."""
+    if not _is_strided(x) or x.dtype not in ACTIVATION_DTYPES or x.dim() < 1:
+        raise PCDVQError(f"x is {describe(x)}; expected bf16, fp16 or fp32 [..., K]")
+
+
 def _check_codes(
     shape: LinearShape, qweight: Tensor, row_scale: Tensor, device: torch.device
 ) -> tuple[int, ...]:
     """The number of outputs of packed or plain codes, alone in a tuple."""
     rows = row_scale.shape[:1]
-    if qweight.dim() == 3:
+    if qweight.dim() == 3 and device.type == "cpu":  # which alone packs codes so
         expect("packed qweight", qweight, torch.uint8, shape.packed_shape(sum(rows)), device)
     else:
         stored = shape.stored_rows(sum(rows)), shape.row_bytes
@@ -156,15 +176,14 @@ def check_linear(
     layout: Sequence[int],
 ) -> LinearShape:
     """Raise PCDVQError (a ValueError) unless the arguments of `pcdvq::linear` fit together."""
-    if x.dtype not in ACTIVATION_DTYPES or x.dim() < 1:
-        raise PCDVQError(f"x is {_describe(x)}; expected bf16, fp16 or fp32 [..., K]")
+    check_activations(x)
     in_features = x.shape[-1]
     shape = linear_shape(tuple(layout), in_features)
     rows = _check_codes(shape, qweight, row_scale, x.device)
     _check_scales(shape, rows, (row_scale, signs_in, codewords), x.device)
     if bias is not None:
         if not bias.is_floating_point():
-            raise PCDVQError(f"bias is {_describe(bias)}; expected a float dtype")
+            raise PCDVQError(f"bias is {describe(bias)}; expected a float dtype")
         expect("bias", bias, bias.dtype, rows, x.device)
     return shape
 
@@ -179,8 +198,8 @@ def check_embedding(
     dtype: torch.dtype,
 ) -> LinearShape:
     """Raise PCDVQError unless the arguments of `pcdvq::embedding` fit together."""
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise PCDVQError(f"ids is {_describe(ids)}; expected int32 or int64")
+    if not _is_strided(ids) or ids.dtype not in (torch.int32, torch.int64):
+        raise PCDVQError(f"ids is {describe(ids)}; expected int32 or int64")
     if dtype not in ACTIVATION_DTYPES:
         raise PCDVQError(f"dtype is {dtype}; expected bf16, fp16 or fp32")
     in_features = 8 * signs_in.numel()
@@ -205,7 +224,7 @@ def check_moe(
     Returns:
         What the layouts say of gate and up, and of down.
     """
-    check_routing(x, topk_weights, topk_ids)
+    check_routing(x, topk_weights, topk_ids, gate_up, down)
     hidden = x.shape[1]
     experts, both = (*gate_up[0].shape[:2], 0, 0)[:2]
     shapes = []
@@ -228,17 +247,32 @@ def check_moe(
     return shapes[0], shapes[1]
 
 
-def check_routing(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
-    """Raise PCDVQError unless `x` has tokens and the others experts for each."""
-    if x.dtype not in ACTIVATION_DTYPES or x.dim() != 2:
-        raise PCDVQError(f"x is {_describe(x)}; expected bf16, fp16 or fp32 [T, H]")
-    if topk_ids.dtype not in (torch.int32, torch.int64) or topk_ids.shape[:1] != x.shape[:1]:
-        raise PCDVQError(f"topk_ids is {_describe(topk_ids)}; expected int32 or int64 [T, top_k]")
+def check_routing(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+) -> None:
+    """Raise PCDVQError unless `x` has tokens, with experts for each, and experts have 3 tensors."""
+    if not _is_strided(x) or x.dtype not in ACTIVATION_DTYPES or x.dim() != 2:
+        raise PCDVQError(f"x is {describe(x)}; expected bf16, fp16 or fp32 [T, H]")
+    ids_fit = topk_ids.dim() == 2 and topk_ids.shape[0] == x.shape[0]
+    if topk_ids.dtype not in (torch.int32, torch.int64) or not ids_fit:
+        raise PCDVQError(f"topk_ids is {describe(topk_ids)}; expected int32 or int64 [T, top_k]")
     if not topk_weights.is_floating_point() or topk_weights.shape != topk_ids.shape:
         raise PCDVQError(
-            f"topk_weights is {_describe(topk_weights)}; expected a float dtype "
+            f"topk_weights is {describe(topk_weights)}; expected a float dtype "
             f"{list(topk_ids.shape)}"
         )
+    for name, tensor in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        if not _is_strided(tensor) or tensor.device != x.device:
+            raise PCDVQError(f"{name} is {describe(tensor)}; expected it on {x.device}")
+    for name, tensors in (("gate_up", gate_up), ("down", down)):
+        if len(tensors) != 3:
+            raise PCDVQError(
+                f"{name} has {len(tensors)} tensors; expected qweight, row_scale and signs_in"
+            )
 
 
 def check_prepacked(
@@ -257,12 +291,25 @@ def check_prepacked(
 
 def check_ids(ids: Tensor, rows: int) -> None:
     """Raise PCDVQError unless every id is a row of an embedding of `rows` rows."""
+    _check_range("ids", ids, rows, "the embedding has rows", below=False)
+
+
+def check_expert_ids(topk_ids: Tensor, experts: int) -> None:
+    """Raise PCDVQError unless every id is one of `experts` experts, or below 0."""
+    _check_range("topk_ids", topk_ids, experts, "below 0 there is no expert, and the others are")
+
+
+def check_columns(columns: Tensor) -> None:
+    """Raise PCDVQError unless every entry is a column of x."""
+    _check_range("columns", columns, len(columns), "x has columns", below=False)
+
+
+def _check_range(name: str, ids: Tensor, count: int, what: str, below: bool = True) -> None:
+    """Raise PCDVQError unless `ids` lie in [0, count), or also `below` that."""
     if ids.numel():
         lowest, highest = (int(bound) for bound in ids.aminmax())
-        if lowest < 0 or highest >= rows:
-            raise PCDVQError(
-                f"ids lie in [{lowest}, {highest}]; the embedding has rows 0 to {rows - 1}"
-            )
+        if highest >= count or (lowest < 0 and not below):
+            raise PCDVQError(f"{name} lie in [{lowest}, {highest}]; {what} 0 to {count - 1}")
 
 
 def _check_scales(
@@ -281,48 +328,27 @@ def expect(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> None:
     """Raise PCDVQError unless `tensor` is as described, and contiguous."""
-    if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device:
+    if (
+        not _is_strided(tensor)
+        or tensor.dtype != dtype
+        or tensor.shape != shape
+        or tensor.device != device
+    ):
         raise PCDVQError(
-            f"{name} is {_describe(tensor)}; expected {dtype} {list(shape)} on {device}. "
+            f"{name} is {describe(tensor)}; expected {dtype} {list(shape)} on {device}. "
             "The layer's tensors, its layout and x must come from the same checkpoint entry."
         )
     if not tensor.is_contiguous():
         raise PCDVQError(f"{name} has strides {tensor.stride()}; call .contiguous() on it once")
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+def _is_strided(tensor: Tensor) -> bool:
+    """Whether `tensor` has memory that strides describe: sparse ones have not."""
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
-def check_nearest(x: Tensor, codewords: Tensor, bias: Tensor) -> None:
-    """Raise PCDVQError unless the arguments of `nearest_codeword` fit together."""
-    if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] not in (2, 4, 8):
-        raise PCDVQError(f"x is {_describe(x)}; expected fp32 [G, dim] with dim 2, 4 or 8")
-    count = codewords.shape[0] if codewords.dim() else 0
-    if not 1 <= count < 1 << 31:
-        raise PCDVQError(f"codewords is {_describe(codewords)}; expected at least one codeword")
-    for name, tensor, shape in (
-        ("codewords", codewords, (count, x.shape[1])),
-        ("bias", bias, (count,)),
-    ):
-        if tensor.dtype != x.dtype or tensor.shape != shape or tensor.device != x.device:
-            raise PCDVQError(
-                f"{name} is {_describe(tensor)}; expected {x.dtype} {list(shape)} on {x.device}"
-            )
-
-
-def check_chains(x: Tensor, row_weight: Tensor, code_bits: int, chain_rows: int) -> None:
-    """Raise PCDVQError unless the arguments of `chain_codes` fit together."""
-    if code_bits not in trellis.CODE_BITS or chain_rows not in trellis.CHAIN_ROWS:
-        raise PCDVQError(
-            f"code_bits is {code_bits} and chain_rows {chain_rows}; expected "
-            f"{trellis.CODE_BITS[0]} to {trellis.CODE_BITS[-1]} and one of {trellis.CHAIN_ROWS}"
-        )
-    columns = trellis.strip_columns(chain_rows)
-    fits = x.dim() == 2 and not x.shape[0] % chain_rows and not x.shape[1] % columns
-    if x.dtype != torch.float32 or not fits:
-        raise PCDVQError(
-            f"x is {_describe(x)}; expected fp32 [N, K], N a multiple of {chain_rows}, "
-            f"K of {columns}"
-        )
-    expect("row_weight", row_weight, torch.float32, x.shape[:1], x.device)
+def describe(tensor: Tensor) -> str:
+    """Dtype, shape and device, for an error."""
+    shape = "nested" if tensor.is_nested else list(tensor.shape)
+    kind = "" if tensor.layout == torch.strided else f" ({tensor.layout})"
+    return f"{tensor.dtype} {shape}{kind} on {tensor.device}"

@@ -19,6 +19,7 @@ from pcdvq_kernels.arguments import (
     ACTIVATION_DTYPES,
     LinearShape,
     check_embedding,
+    check_expert_ids,
     check_ids,
     check_linear,
     check_moe,
@@ -34,7 +35,7 @@ HUGE_PAGE = 1 << 21
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY = 1
 _NO_ISA = 2
-_BAD_ID = 3
+BAD_ID = 3
 _OTHER_ISA = "isa {!r} cannot read packed weights; pass the checkpoint's qweight"
 
 
@@ -299,7 +300,7 @@ def embedding(
             0 if isa == "auto" else isa_number(isa),
         )
     )
-    if status == _BAD_ID:
+    if status == BAD_ID:
         check_ids(ids, n)
     if status == _NO_ISA:
         raise PCDVQError(_OTHER_ISA.format(isa))
@@ -335,7 +336,8 @@ def moe(
         x, topk_weights, topk_ids, gate_up, down, codewords, gate_up_layout, down_layout
     )
     check_device(x)
-    x, ids, weights = x.contiguous(), topk_ids.int().contiguous(), topk_weights.float().contiguous()
+    x, ids = x.contiguous(), topk_ids.long().contiguous()
+    weights = topk_weights.float().contiguous()
     out = torch.empty_like(x)
     status = library.pcdvq_moe(
         _MOE.pack(
@@ -352,6 +354,8 @@ def moe(
             0 if isa == "auto" else isa_number(isa),
         )
     )
+    if status == BAD_ID:
+        check_expert_ids(ids, len(gate_up[0]))
     if status:
         raise_status(status, f"pcdvq::moe of {list(ids.shape)} experts for {list(x.shape)}")
     return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pcdvq_kernels.arguments import check_chains, check_nearest
 from pcdvq_kernels.cpu import (
     CHAINS,
     NEAREST,
@@ -15,6 +14,7 @@ from pcdvq_kernels.cpu import (
     raise_status,
 )
 from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.search_arguments import check_chains, check_nearest
 from pcdvq_kernels.trellis import SINGLES_FROM
 
 EFFORTS = ("exhaustive", "quick")  # by their number in a PcdvqChains

@@ -12,16 +12,16 @@ from torch import Tensor
 from pcdvq_kernels import cpu, pyramid, trellis
 from pcdvq_kernels.arguments import (
     LayoutFields,
-    check_chains,
     check_embedding,
+    check_expert_ids,
     check_ids,
     check_linear,
     check_moe,
-    check_nearest,
 )
 from pcdvq_kernels.hadamard import block_hadamard
 from pcdvq_kernels.packing import unpack_codes, unpack_signs
 from pcdvq_kernels.reference import rotate_activations
+from pcdvq_kernels.search_arguments import check_chains, check_nearest
 
 # Bounds scratch: unpacking holds a few int64 per weight of a chunk.
 CHUNK_WEIGHTS = 1 << 20
@@ -92,6 +92,8 @@ def moe(
 ) -> Tensor:
     """`pcdvq::moe` in torch, an expert at a time; slow. Arguments as in `ops`."""
     check_moe(x, topk_weights, topk_ids, gate_up, down, codewords, gate_up_layout, down_layout)
+    if x.is_cpu:  # as in `embedding`
+        check_expert_ids(topk_ids, len(gate_up[0]))
     sums = torch.zeros_like(x, dtype=torch.float32)
     for expert in range(len(gate_up[0])):
         token, choice = torch.where(topk_ids == expert)

@@ -31,7 +31,8 @@ The routed experts of a token, y = sum over choices of weight * down(silu(gate(x
 
     x             bf16, fp16 or fp32 [T, H]
     topk_weights  any float dtype [T, top_k]
-    topk_ids      int32 or int64 [T, top_k]; numbers below 0 are experts that are not here
+    topk_ids      int32 or int64 [T, top_k], each below E; those below 0 are experts that are not
+                  here
     gate_up       [qweight uint8 [E, 2 I, row_bytes], row_scale fp32 [E, 2 I],
                   signs_in uint8 [H / 8]]: gate before up, signs shared by all experts
     down          [qweight uint8 [E, H, row_bytes], row_scale fp32 [E, H], signs_in uint8 [I / 8]]
@@ -44,8 +45,9 @@ device that `prepacks`, by the Triton kernels.
 
 Importing this module registers the operators. For arguments that do not fit together they raise
 PCDVQError (a ValueError), or where torch calls C++ without Python (`torch_op`) a RuntimeError with
-the same text; on the CPU also for ids that are no rows, elsewhere the device reports those as it
-does for any index. On the CPU the result for a row of x or an id does not depend on
+the same text; on the CPU also for ids that are no rows or experts. On a GPU an id that is no row
+gives NaN, or is reported by the device as any index is, and an id that is no expert counts for
+nothing or is reported so. On the CPU the result for a row of x or an id does not depend on
 the others or on the number of threads; with words its rounding depends on how many there are.
 """
 
@@ -61,13 +63,14 @@ import torch
 from torch import Tensor
 
 from pcdvq_kernels import cpu, fallback, torch_op
-from pcdvq_kernels.arguments import ACTIVATIONS
+from pcdvq_kernels.arguments import ACTIVATIONS, check_routing, check_same_device
 from pcdvq_kernels.config import (
     DEFAULT_ACTIVATIONS,
     MAX_PATTERN_BITS,
     Activations,
     CodebookSpec,
 )
+from pcdvq_kernels.errors import PCDVQError
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,18 @@ def prepacks(device: torch.device) -> bool:
 
     So they are on GPUs, unless the environment says PCDVQ_BACKEND=torch. On a CPU only if it says
     PCDVQ_BACKEND=triton and TRITON_INTERPRET=1, for tests.
+
+    Raises:
+        PCDVQError: the environment names another backend.
     """
+    backend = os.environ.get("PCDVQ_BACKEND") or None
+    if backend not in (None, "torch", "triton"):
+        raise PCDVQError(
+            f"PCDVQ_BACKEND in the environment is {backend!r}; choose from torch and triton, or "
+            "unset it"
+        )
     if find_spec("triton") is None:
         return False
-    backend = os.environ.get("PCDVQ_BACKEND")
     if device.type == "cpu":
         return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     return device.type == "cuda" and backend != "torch"
@@ -156,12 +167,27 @@ def prepack_codewords(codewords: Tensor, spec: CodebookSpec) -> Tensor:
 
 
 def _kernels(qweight: Tensor, on_cpu: bool) -> ModuleType:
-    """The module whose functions compute with `qweight`."""
+    """The module whose functions compute with `qweight`.
+
+    Raises:
+        PCDVQError: words, which nothing reads on this CPU.
+    """
     if qweight.dtype == torch.int32:
+        if on_cpu:
+            check_words_on_cpu("qweight")
         from pcdvq_kernels.triton import backend
 
         return backend
     return cpu if on_cpu and cpu.available() else fallback
+
+
+def check_words_on_cpu(name: str) -> None:
+    """Raise PCDVQError unless the Triton kernels run on the CPU, for tests."""
+    if not prepacks(torch.device("cpu")):
+        raise PCDVQError(
+            f"{name} is int32 words for the Triton kernels, which run on GPUs only; give the "
+            "checkpoint's uint8 codes, or move all arguments to a GPU"
+        )
 
 
 def linear(
@@ -187,6 +213,7 @@ def _linear_fake(
     bias: Tensor | None,
     layout: Sequence[int],
 ) -> Tensor:
+    check_same_device(x, qweight, row_scale, signs_in, codewords, bias)
     return x.new_empty(*x.shape[:-1], row_scale.shape[0])
 
 
@@ -212,6 +239,7 @@ def _embedding_fake(
     layout: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
+    check_same_device(ids, qweight, row_scale, signs_in, codewords)
     return ids.new_empty(*ids.shape, 8 * signs_in.shape[0], dtype=dtype)
 
 
@@ -225,6 +253,7 @@ def _moe(
     gate_up_layout: Sequence[int],
     down_layout: Sequence[int],
 ) -> Tensor:
+    check_routing(x, topk_weights, topk_ids, gate_up, down)
     run = _kernels(gate_up[0], x.is_cpu).moe
     return run(x, topk_weights, topk_ids, gate_up, down, codewords, gate_up_layout, down_layout)
 
@@ -239,6 +268,7 @@ def _moe_fake(
     gate_up_layout: Sequence[int],
     down_layout: Sequence[int],
 ) -> Tensor:
+    check_same_device(x, topk_weights, topk_ids, *gate_up, *down, codewords)
     return x.new_empty(x.shape)
 
 

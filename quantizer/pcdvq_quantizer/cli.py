@@ -125,6 +125,8 @@ def quantize(
         plan = make_plan(model, options)
     for line in plan.selection.skipped_lines():
         console.print(f"left unquantized: {line}", highlight=False)
+    if limit := plan.split_limit():
+        console.print(f"not every tensor-parallel size will do: {limit}", highlight=False)
     tuning = FinetuneOptions(calibration, model, sequence_length=sequence_length, seed=seed)
     if finetune and calibration == NONE:
         raise PCDVQError("--finetune needs text to learn from; drop --calibration none")

@@ -14,6 +14,7 @@ from pcdvq_kernels.config import FORMAT_VERSION, PCDVQCheckpointConfig
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.hadamard import choose_block
 from pcdvq_kernels.reference import dequantize
+from pcdvq_kernels.trellis import CHAIN_ROWS
 from torch import Tensor
 
 from pcdvq_quantizer import identity
@@ -22,7 +23,6 @@ from pcdvq_quantizer.calibration.objectives.base import StageObjective
 from pcdvq_quantizer.calibration.parallel import Processes
 from pcdvq_quantizer.calibration.stage import quantize_stage
 from pcdvq_quantizer.calibration.statistics import InputStatistics
-from pcdvq_quantizer.chains import choose_chain_rows
 from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook, offered_rates
 from pcdvq_quantizer.embeddings import UNQUANTIZED_BITS, get_embedding_codebook
 from pcdvq_quantizer.layer import (
@@ -32,6 +32,7 @@ from pcdvq_quantizer.layer import (
     quantize_linear,
 )
 from pcdvq_quantizer.selection import Selection, select_layers
+from pcdvq_quantizer.served import Heads, choose_chain_rows, describe_splits
 from pcdvq_quantizer.source_check import check_source
 from pcdvq_quantizer.sources import Source, open_source
 from pcdvq_quantizer.texts import find_file, read_bytes
@@ -191,6 +192,10 @@ class Plan(ABC):
         """Codebooks that layers share, in the order of their ids."""
         return []
 
+    def split_limit(self) -> str | None:
+        """Why not every tensor-parallel size that was asked for will do; None if it will."""
+        return None
+
     @abstractmethod
     def packed_bytes(self, layer: str) -> int:
         """Stored size of `layer`."""
@@ -308,6 +313,10 @@ class PCDVQPlan(Plan):
     def quantization_config(self) -> dict[str, Any]:
         return self.config.model_dump(exclude_none=True)
 
+    def split_limit(self) -> str | None:
+        shapes = {name: self.shape(name) for name in self.selection.linears}
+        return describe_splits(shapes, self.config, Heads.of(self.source.config))
+
     def quantize(self, name: str) -> QuantizedLinear:
         """Layer `name`, each group rounded to its nearest code."""
         weight = self.load(name)
@@ -352,9 +361,17 @@ def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
     """`make_plan` for an open model and options that were checked."""
     source = check_source(source)
     embeddings = options.embedding_bits != UNQUANTIZED_BITS
-    selection = select_layers(source, options.skip, embeddings=embeddings)
+    least = get_codebook(options.codec, offered_rates(options.codec)[0], min(CHAIN_ROWS))
+    selection = select_layers(
+        source,
+        options.skip,
+        embeddings=embeddings,
+        spec=least.codebook.spec,
+        max_tp=options.max_tp,
+    )
     rows = {name: source.shapes[f"{name}.weight"][0] for name in selection.layers}
-    chain_rows = choose_chain_rows(rows, source.config, options.max_tp)
+    heads = Heads.of(source.config)
+    chain_rows = choose_chain_rows(rows, least.codebook.spec, heads, options.max_tp)
     plan = PCDVQPlan(source, options, selection, {}, chain_rows)
     rate = offered_rates(options.codec)[0] if options.is_mixed else options.bits
     codebooks = {name: plan.codebook(name, rate) for name in selection.layers}

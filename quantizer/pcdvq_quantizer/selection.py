@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pcdvq_kernels.config import QUANT_METHOD
+from pcdvq_kernels.config import QUANT_METHOD, CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.row_orders import reordered
 from torch import nn
@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from pcdvq_quantizer.embeddings import find_embeddings
 from pcdvq_quantizer.experts import experts_of, separate_experts
+from pcdvq_quantizer.served import Heads, find_unserved
 from pcdvq_quantizer.sources import CODE, Source, reason
 
 MIN_FEATURES = 8
@@ -109,8 +110,10 @@ def select_layers(
     skip: tuple[str, ...] = (),
     embeddings: bool = False,
     method: str = QUANT_METHOD,
+    spec: CodebookSpec | None = None,
+    max_tp: int = 1,
 ) -> Selection:
-    """Find the linear layers of `source` that the format can hold and vLLM serve.
+    """Find the linear layers of `source` that the format can hold and the plugin serves.
 
     Args:
         source: the model.
@@ -118,6 +121,8 @@ def select_layers(
             after `re:` regular expressions that match from the beginning of a name.
         embeddings: whether input embedding and output head are quantized too.
         method: `quant_method` of the checkpoint.
+        spec: layout of the linear layers' codes; None for a method that splits any rows.
+        max_tp: tensor-parallel size to keep possible.
 
     Raises:
         PCDVQError: the architecture is unknown, a pattern matches no layer, or nothing can be
@@ -149,6 +154,11 @@ def select_layers(
             skipped[name] = reason
         else:
             layers.append(name)
+    unserved = _tied_with_bias(roles, layers, source)
+    rows = {name: source.shapes[f"{name}.weight"][0] for name in layers if name not in roles}
+    unserved |= find_unserved(linears, rows, spec, Heads.of(source.config), max_tp)
+    layers = [name for name in layers if name not in unserved]
+    skipped |= unserved
     # Experts are served as one layer.
     whole = {experts_of(name) for name in skipped} - {None}
     for name in [name for name in layers if experts_of(name) in whole]:
@@ -233,6 +243,16 @@ def _unsuitable(shape: tuple[int, ...]) -> str | None:
     if shape[1] % 8 or min(shape) < MIN_FEATURES:
         return f"shape {list(shape)}: input size must be a multiple of 8, both sizes >= 8"
     return None
+
+
+def _tied_with_bias(
+    roles: tuple[str | None, str | None], layers: list[str], source: Source
+) -> dict[str, str]:
+    """The input embedding and why it stays, if the head that is tied to it keeps it so."""
+    embedding, head = roles
+    if embedding in layers and head not in layers and f"{head}.bias" in source.shapes:
+        return {embedding: "the output head is tied to it and has a bias"}
+    return {}
 
 
 def hf_config(config: dict[str, Any]) -> PreTrainedConfig:

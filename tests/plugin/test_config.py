@@ -18,10 +18,12 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
+from vptq_layers import entry
 
 from vllm_pcdvq import check_vllm_version, register
 from vllm_pcdvq.config import PCDVQConfig
 from vllm_pcdvq.linear import CheckedUnquantizedLinearMethod, PCDVQLinearMethod
+from vllm_pcdvq.vptq import VPTQConfig
 
 QKV = [f"m.{part}_proj" for part in "qkv"]
 
@@ -119,9 +121,36 @@ def test_activations(vllm_config) -> None:
     vllm_config.additional_config = {"pcdvq_activations": "int16"}
     layer = ColumnParallelLinear(256, 64, quant_config=config, prefix="m.q_proj")
     assert layer.quant_method.layout.activations == "int16"
-    vllm_config.additional_config = {"pcdvq_activations": "int4"}
-    with pytest.raises(PCDVQError, match="'int4'; choose from int8, int16, float"):
-        config.activations(vllm_config)
+
+
+@pytest.mark.parametrize("value", ["int4", "INT8", "", None, 8, ["int8"]])
+@pytest.mark.parametrize("method", ["pcdvq", "vptq"])
+def test_options_of_other_values(value: object, method: str, vllm_config) -> None:
+    vllm_config.additional_config = {"other_plugin": 1, "pcdvq_activations": value}
+    message = (
+        rf"pcdvq_activations in .* is {re.escape(repr(value))}; choose from int8, int16, float"
+    )
+    with pytest.raises(PCDVQError, match=message):
+        build_layer(method)
+
+
+@pytest.mark.parametrize("key", ["pcdvq_activation", "pcdvq-activations", "PCDVQ_Activations"])
+@pytest.mark.parametrize("method", ["pcdvq", "vptq"])
+def test_unknown_options(key: str, method: str, vllm_config) -> None:
+    vllm_config.additional_config = {key: "int8"}
+    message = rf"--additional-config has the unknown key '{key}'; .* knows pcdvq_activations$"
+    with pytest.raises(PCDVQError, match=message):
+        build_layer(method)
+    vllm_config.additional_config = {"activations": "int4", "other": {"pcdvq_activation": 1}}
+    build_layer(method)
+
+
+def build_layer(method: str) -> ColumnParallelLinear:
+    if method == "pcdvq":
+        config = make_config(QKV, BLOCK_256, make_codebook())
+    else:
+        config = VPTQConfig({QKV[0]: entry(64, 256)})
+    return ColumnParallelLinear(256, 64, quant_config=config, prefix=QKV[0])
 
 
 def test_codebooks_survive_the_way_to_a_worker() -> None:

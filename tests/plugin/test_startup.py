@@ -146,8 +146,12 @@ def test_other_quantization(engine: ProcessPoolExecutor, checkpoint: Path) -> No
             _tensor(f"{K_PROJ}.signs_in", lambda t: t ^ 1),
             "model.layers.1.self_attn.qkv_proj.signs_in differs between the 3 layers",
         ),
+        (
+            _tensor("model.norm.weight", lambda t: t.index_fill(0, torch.tensor(3), -torch.inf)),
+            "tensor model.norm.weight is not finite",
+        ),
     ],
-    ids=["scale is NaN", "unequal signs"],
+    ids=["scale is NaN", "unequal signs", "norm is infinite"],
 )
 def test_damaged_values(
     damage: Callable[[Path], object], expected: str, engine: ProcessPoolExecutor, checkpoint: Path
@@ -156,12 +160,28 @@ def test_damaged_values(
     assert expected in engine.submit(failure, generate, checkpoint, [[1]]).result()
 
 
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (_tensor(f"{K_PROJ}.signs_in", lambda t: t ^ 1), "qkv_proj.signs_in differs"),
+        (
+            _tensor("lm_head.weight", lambda t: t.index_fill(0, torch.tensor(3), torch.nan)),
+            "tensor lm_head.weight is not finite",
+        ),
+    ],
+    ids=["unequal signs", "head is NaN"],
+)
 def test_reload_of_damaged_values(
-    engine: ProcessPoolExecutor, good: Path, checkpoint: Path
+    damage: Callable[[Path], object],
+    expected: str,
+    engine: ProcessPoolExecutor,
+    good: Path,
+    checkpoint: Path,
 ) -> None:
-    _tensor(f"{K_PROJ}.signs_in", lambda t: t ^ 1)(checkpoint)
-    reload = engine.submit(failure, generate_and_reload, good, [checkpoint], [[1]])
-    assert "qkv_proj.signs_in differs" in reload.result()
+    damage(checkpoint)
+    arguments = failure, generate_and_reload, good, [checkpoint], [[1]]
+    reload = engine.submit(*arguments, dtype="float32")
+    assert expected in reload.result()
 
 
 def test_reload_without_a_tensor(engine: ProcessPoolExecutor, good: Path) -> None:

@@ -49,6 +49,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize(tmp_path_factory.mktemp("hf"), tiny_config())[1]
 
 
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize(tmp_path_factory.mktemp("biased"), tiny_config("qwen2"))[1]
+
+
 def dense_model(source: Path, checkpoint: Path) -> PreTrainedModel:
     """The original in fp32 with the weights that the checkpoint's codes stand for."""
     weights = load_file(source / "model.safetensors")
@@ -221,6 +226,39 @@ def test_bad_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(bad)
     with pytest.raises(PCDVQError, match="offloaded to disk"):
         AutoModelForCausalLM.from_pretrained(checkpoint, device_map={"": "disk"})
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.1.self_attn.q_proj.bias",
+        f"{MLP}.row_scale",
+        "lm_head.weight",
+    ],
+)
+def test_values_that_are_not_finite(value: float, name: str, biased: Path, tmp_path: Path) -> None:
+    bad = changed_copy(biased, tmp_path / "bad")
+    (shard,) = bad.glob("model-*.safetensors")
+    tensors = load_file(shard)
+    tensors[name].flatten()[-1] = value
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"tensor {name} is not finite\. .*quantize again"):
+        AutoModelForCausalLM.from_pretrained(bad)
+
+
+def test_values_beyond_the_dtype(biased: Path, tmp_path: Path) -> None:
+    """A number that the checkpoint's bf16 holds may be infinite in fp16."""
+    large = changed_copy(biased, tmp_path / "large")
+    (shard,) = large.glob("model-*.safetensors")
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, shard, {"format": "pt"})
+    AutoModelForCausalLM.from_pretrained(large, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"tensor model\.norm\.weight is not finite"):
+        AutoModelForCausalLM.from_pretrained(large, dtype=torch.float16)
 
 
 def test_modules_that_cannot_be_loaded_are_named(checkpoint: Path) -> None:

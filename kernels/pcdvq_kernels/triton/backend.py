@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pcdvq_kernels.arguments import check_prepacked, check_routing, expect
+from pcdvq_kernels.arguments import check_expert_ids, check_prepacked, check_routing, expect
 from pcdvq_kernels.triton.dequantize import embedding as embedding_rows
 from pcdvq_kernels.triton.dequantize import levels
 from pcdvq_kernels.triton.format import TILE_ROWS, format_of
@@ -82,7 +82,9 @@ def moe(
     down_layout: Sequence[int],
 ) -> Tensor:
     """`pcdvq::moe` with prepacked weights; activations are rounded to int8."""
-    check_routing(x, topk_weights, topk_ids)
+    check_routing(x, topk_weights, topk_ids, gate_up, down)
+    if x.is_cpu:  # elsewhere looking would wait for the device
+        check_expert_ids(topk_ids, len(gate_up[1]))
     tokens, top_k = topk_ids.shape
     inner = gate_up[1].shape[1] // 2
     first, first_block = _experts(x.shape[1], gate_up, codewords, gate_up_layout, x)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pcdvq_kernels.arguments import ACTIVATION_DTYPES
+from pcdvq_kernels.arguments import ACTIVATION_DTYPES, check_columns
 from pcdvq_kernels.cpu import (
+    BAD_ID,
     DTYPES,
     VPTQ,
     VPTQ_SEGMENT,
@@ -45,6 +46,9 @@ def linear(
         shape: of `ops.check`.
         isa: "auto" or one of `cpu.isas()`.
         out: contiguous buffer to write, x.dtype [..., N]; by default a new one.
+
+    Raises:
+        PCDVQError: `columns` has an entry that is no column of x.
     """
     library = loaded()
     check_device(x)
@@ -84,6 +88,8 @@ def linear(
             isa_number(isa),
         )
     )
+    if status == BAD_ID:
+        check_columns(columns)
     if status:
         raise_status(status, f"pcdvq::vptq_linear {list(x.shape)} x [{shape.rows}, {k}]")
     return out

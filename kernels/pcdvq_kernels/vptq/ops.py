@@ -16,9 +16,10 @@ W[n, columns[c]] = scale[c] * (centroid + residual)[c] + shift[columns[c]] for r
 of row n + skip. `weight.pack_weight` makes all of it from a checkpoint's tensors.
 
 Importing this module registers the operator. It raises PCDVQError (a ValueError) for arguments that
-do not fit together. Whatever bits codes have they stay inside of the tables; columns must be in
-[0, K). On the CPU the result for a row of x does not depend on the others or on the number of
-threads; the Triton kernels multiply with 11 significant bits (TF32).
+do not fit together, on the CPU also for columns outside of [0, K), which elsewhere the device
+reports as it does for any index. Whatever bits codes have they stay inside of the tables. On the
+CPU the result for a row of x does not depend on the others or on the number of threads; the Triton
+kernels multiply with 11 significant bits (TF32).
 """
 
 from __future__ import annotations
@@ -32,9 +33,16 @@ import torch
 from torch import Tensor
 
 from pcdvq_kernels import cpu
-from pcdvq_kernels.arguments import ACTIVATION_DTYPES, expect
+from pcdvq_kernels.arguments import (
+    ACTIVATION_DTYPES,
+    check_activations,
+    check_columns,
+    check_same_device,
+    expect,
+)
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.fallback import warn_slow
+from pcdvq_kernels.ops import check_words_on_cpu
 from pcdvq_kernels.packing import unpack_codes
 from pcdvq_kernels.vptq import cpu as vptq_cpu
 from pcdvq_kernels.vptq.layout import MOST_ROWS, Segment
@@ -94,10 +102,11 @@ def check(
     bias: Tensor | None,
     layout: Sequence[int],
 ) -> Shape:
-    """Raise PCDVQError unless the arguments fit together; codes are not looked at if int32."""
+    """Raise PCDVQError unless the arguments fit together; no values are looked at."""
     shape = _shape(tuple(layout))
     k = sum(segment.columns for segment in shape.segments)
-    if x.dtype not in ACTIVATION_DTYPES or x.dim() < 1 or x.shape[-1] != k:
+    check_activations(x)
+    if x.shape[-1] != k:
         raise PCDVQError(f"x is {x.dtype} {list(x.shape)}; expected bf16, fp16 or fp32 [..., {k}]")
     expect("columns", columns, torch.int32, (k,), x.device)
     expect("scale", scale, torch.float32, (k,), x.device)
@@ -107,12 +116,14 @@ def check(
             f"there are {len(codes)} codes and {len(tables)} tables for {len(shape.segments)} "
             "segments; give one of each for every segment"
         )
+    kind = torch.int32 if codes[0].dtype == torch.int32 else torch.uint8
+    if kind == torch.int32 and x.is_cpu:
+        check_words_on_cpu("codes")
     dtype = tables[0].dtype
     if dtype not in (*ACTIVATION_DTYPES, torch.int8):
         raise PCDVQError(f"tables are {dtype}; expected bf16, fp16, fp32 or int8")
     for segment, code, table in zip(shape.segments, codes, tables, strict=True):
-        row = segment.row_bytes() // code.dtype.itemsize
-        kind = torch.int32 if code.dtype == torch.int32 else torch.uint8
+        row = segment.row_bytes() // kind.itemsize
         expect("codes", code, kind, (shape.blocks(segment), row), x.device)
         size = segment.rows * segment.vector_len + TABLE_SLACK
         expect("table", table, dtype, (size,), x.device)
@@ -135,6 +146,8 @@ def fallback(
 ) -> Tensor:
     """The operator in torch, in fp32 and a chunk of rows at a time; slow."""
     warn_slow(x.device.type)
+    if x.is_cpu:  # elsewhere looking would wait for the device, which checks itself
+        check_columns(columns)
     rows = x.reshape(-1, x.shape[-1]).float()
     scaled = (rows[:, columns.long()] * scale).split([s.columns for s in shape.segments], dim=1)
     y = (rows * shift).sum(1, keepdim=True).repeat(1, shape.skip + shape.rows)
@@ -192,7 +205,8 @@ def _vptq_linear_fake(
     bias: Tensor | None,
     layout: Sequence[int],
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], layout[0])
+    check_same_device(x, columns, scale, shift, *codes, *tables, bias)
+    return x.new_empty(*x.shape[:-1], _shape(tuple(layout)).rows)
 
 
 # Registrations last as long as this object.

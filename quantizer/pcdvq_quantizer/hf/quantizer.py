@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from pcdvq_kernels.checkpoint import CODEBOOK_FILE, Checkpoint, open_checkpoint
+from pcdvq_kernels.checkpoint import CODEBOOK_FILE, Checkpoint, check_finite, open_checkpoint
 from pcdvq_kernels.codebook import Codebook
 from pcdvq_kernels.config import DEFAULT_ACTIVATIONS, QUANT_METHOD, PCDVQCheckpointConfig
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
@@ -152,6 +152,7 @@ class PCDVQHfQuantizer(HfQuantizer):
                 shared[key] = self._codebook(*key).codewords()
             module.set_codebook(shared[key])
         self._restore_dtypes(model)
+        _check_values(model)
         return model
 
     def _restore_dtypes(self, model: PreTrainedModel) -> None:
@@ -204,6 +205,15 @@ class PCDVQHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _check_values(model: PreTrainedModel) -> None:
+    """Raise CheckpointError if a tensor that may come from the checkpoint is not finite."""
+    seen: set[int] = set()  # a tied one has two names
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_meta and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            check_finite(name, tensor)
 
 
 def _check_shape(name: str, found: tuple[int, int], expected: tuple[int, int]) -> None:

@@ -91,8 +91,9 @@ def random_bytes(*shape: int) -> Tensor:
 def make_layer(codec: str, n: int, k: int, packed_bytes: int, activations: str) -> Layer:
     codebook = get_codebook(*CODECS[codec]).codebook
     spec = codebook.spec
-    copies = -(-packed_bytes // (n * spec.row_bytes(k)))
-    codes = random_bytes(copies, n, spec.row_bytes(k))
+    shape = spec.stored_rows(n), spec.row_bytes(k)
+    copies = -(-packed_bytes // (shape[0] * shape[1]))
+    codes = random_bytes(copies, *shape)
     codewords = codebook.codewords()
     layout = Layout(choose_block(k, max_tp=8), spec, activations)
     return Layer(

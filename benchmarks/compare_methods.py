@@ -29,16 +29,13 @@ from matplotlib import pyplot as plt
 GROUP = 64  # weights that share a bf16 scale in scalar round-to-nearest
 SCALE_BITS = 16
 NEAREST = ("--calibration", "none")
-TRELLIS, SIGNED = ("2", "2.25", "3", "3.25", "4"), ("2", "3", "3.25", "4")
-COMPACT = ("2", "3", "4")
+TRELLIS = ("1.5", "2", "2.5", "3", "3.5", "4")
 # By method, its points: options of `pcdvq quantize`, or bits of scalar round-to-nearest.
 METHODS: dict[str, dict[str, tuple[str, ...] | int]] = {
     "trellis": {f"trellis-{bits}": ("--bits", bits) for bits in TRELLIS},
     "trellis, fisher": {
         f"fisher-{bits}": ("--bits", bits, "--objective", "fisher") for bits in ("2", "3", "4")
     },
-    "compact": {f"compact-{bits}": ("--bits", bits, "--codec", "compact") for bits in COMPACT},
-    "signed": {f"signed-{bits}": ("--bits", bits, "--codec", "signed") for bits in SIGNED},
     "e8": {f"e8-{bits}": ("--bits", bits, "--codec", "e8") for bits in ("2", "2.25")},
     "pvq": {f"pvq-{bits}": ("--bits", bits, "--codec", "pvq") for bits in ("2", "3.25", "4")},
     "vptq": {f"vptq-{bits}": ("--bits", bits, "--method", "vptq") for bits in ("2", "3")},
@@ -151,7 +148,7 @@ def main(
         list[str] | None, typer.Option(help=f"Some of {'; '.join(METHODS)}; repeatable.")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="Points by name, such as signed-2; repeatable.")
+        list[str] | None, typer.Option(help="Points by name, such as trellis-2; repeatable.")
     ] = None,
     work: Annotated[Path, typer.Option(help="Where checkpoints are made and kept.")] = Path(
         "bench_methods"

@@ -24,7 +24,7 @@ PROMPT, STEPS = list(range(1000, 1064)), 16
 def main(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-1b",
     system: Annotated[str, typer.Option(help=f"One of {'; '.join(SYSTEMS)}.")] = (
-        "pcdvq 2, compact, head 4"
+        "pcdvq 2, head 4"
     ),
     work: Annotated[Path, typer.Option(help="Where model directories are made and kept.")] = Path(
         "bench_models"

@@ -81,12 +81,7 @@ SYSTEMS = {
     "pcdvq 2": System(bits=2),
     "pcdvq 3": System(bits=3),
     "pcdvq 4": System(bits=4),
-    "pcdvq 2, signed": System(bits=2, codec="signed"),
-    "pcdvq 4, signed": System(bits=4, codec="signed"),
     "pcdvq 2, head 4": System(bits=2, embedding_bits=4),
-    "pcdvq 2, compact": System(bits=2, codec="compact"),
-    "pcdvq 4, compact": System(bits=4, codec="compact"),
-    "pcdvq 2, compact, head 4": System(bits=2, codec="compact", embedding_bits=4),
 }
 
 

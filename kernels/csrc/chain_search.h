@@ -29,7 +29,7 @@ void step_chains(const ChainStep& step, ChainStep::Chain* chain) {
   for (int c = 0; c < COUNT; ++c) {
     target[c] = Costs::fill(chain[c].target);
     weight[c] = Costs::fill(chain[c].weight);
-    lowest[c] = most;
+    lowest[c] = Costs::fill(INT32_MAX);
   }
   for (int64_t state = 0; state < kept; state += Costs::kLanes) {
     Costs best[COUNT];
@@ -60,9 +60,9 @@ void step_chains(const ChainStep& step, ChainStep::Chain* chain) {
         tag = (tag | older.shift_left(step.in_bits)) & tags;
         (place | older.shift_left(step.state_bits - step.out_bits)).store(chain[c].rows_after + state);
       }
-      const Costs cost = least((found & no_tags) + Costs::fill(chain[c].offset), most);
+      const Costs cost = least((found & no_tags) + Costs::fill(chain[c].offset), most) | tag;
       lowest[c] = least(lowest[c], cost);
-      (cost | tag).store(chain[c].after + state);
+      cost.store(chain[c].after + state);
     }
   }
   for (int c = 0; c < COUNT; ++c) chain[c].lowest = lowest[c].lowest();

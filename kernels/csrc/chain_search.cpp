@@ -150,6 +150,9 @@ struct Scratch {
   }
 };
 
+// Keeps what chains have at the same place out of the same set of a cache.
+constexpr int64_t kSkew = 256;
+
 // Parts of the scratch of a pass: costs and rows before and after a step, then tags of every step.
 struct PassMemory {
   int32_t* costs[2][kUnitChains];
@@ -167,7 +170,7 @@ struct PassMemory {
     }
     const bool hidden = pass.state_bits < kWindowBits;
     const int64_t tables = hidden ? 4 : 2;
-    tag_bytes = round_up(tag_bytes, 64);
+    tag_bytes = round_up(tag_bytes, 64) + kSkew;
     uint8_t* at = scratch.take(size_t(unit.count * (tables * 4 * most + tag_bytes)));
     if (!at) return false;
     for (int64_t chain = 0; chain < unit.count; ++chain) {

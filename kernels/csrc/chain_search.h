@@ -7,60 +7,77 @@
 namespace pcdvq {
 namespace {
 
-// Entries of a table of windows for the states [s, s + kLanes). What lies under in_bits of a state
-// are new bits; 2^RUN states of a vector share the ones above, so that a vector has one or more runs.
-template <int RUN>
-inline Costs load_windows(const int32_t* table, const int32_t* rows, int64_t s, int in_bits) {
-  if (!rows) return Costs::load(table + s);
-  const int64_t inside = s & ((int64_t(1) << in_bits) - 1);
-  return Costs::load_runs<RUN>(table + inside, rows + (s >> in_bits), in_bits);
+// Costs of the paths into the states [state, state + kLanes) of one chain by each of the choices of
+// their oldest bits, and the least of them. RUN: the lanes of a vector fall into runs of 2^RUN states
+// that differ in the step's new bits alone; HIDDEN: states are not whole windows.
+template <int RUN, bool SINGLES, bool HIDDEN, int COUNT>
+inline void best_choices(const ChainStep& step, const ChainStep::Chain* chain, int64_t state,
+                         Costs (&best)[COUNT]) {
+  const int64_t kept = int64_t(1) << (step.state_bits - step.out_bits);
+  const int64_t choices = int64_t(1) << step.out_bits, stride = kept >> step.in_bits;
+  const int64_t inside = state & ((int64_t(1) << step.in_bits) - 1);
+  const int32_t *before[COUNT], *rows[COUNT];
+  Costs target[COUNT], weight[COUNT];
+  for (int c = 0; c < COUNT; ++c) {
+    before[c] = chain[c].before + (state >> step.in_bits);
+    rows[c] = HIDDEN ? chain[c].rows + (state >> step.in_bits) : nullptr;
+    target[c] = Costs::fill(chain[c].target);
+    weight[c] = Costs::fill(chain[c].weight);
+    best[c] = Costs::fill(INT32_MAX);
+  }
+  const int32_t *levels = step.levels + state, *norms = SINGLES ? nullptr : step.norms + state;
+  const int in_bits = step.in_bits;
+  for (int64_t choice = 0; choice < choices; ++choice) {
+    Costs level, norm;
+    if (!HIDDEN) {
+      level = Costs::load(levels + choice * kept).template by_run<RUN>();
+      if (!SINGLES) norm = Costs::load(norms + choice * kept).template by_run<RUN>();
+    }
+    for (int c = 0; c < COUNT; ++c) {
+      if (HIDDEN) {
+        const int32_t* row = rows[c] + choice * stride;
+        level = Costs::load_runs<RUN>(step.levels + inside, row, in_bits).template by_run<RUN>();
+        if (!SINGLES) {
+          norm = Costs::load_runs<RUN>(step.norms + inside, row, in_bits).template by_run<RUN>();
+        }
+      }
+      Costs cost = Costs::repeat<RUN>(before[c] + choice * stride);
+      cost = add_products(level, target[c], cost);
+      if (!SINGLES) cost = add_products(norm, weight[c], cost);
+      best[c] = least(best[c], cost);
+    }
+  }
 }
 
 // Costs are not stored by state: those that a step begins with are equal for states that differ in
 // the new bits alone, and it ends with the least of the states that differ in the oldest bits alone.
-template <int RUN, bool SINGLES, int COUNT>
+template <int RUN, bool SINGLES, bool HIDDEN, int COUNT>
 void step_chains(const ChainStep& step, ChainStep::Chain* chain) {
   const int64_t kept = int64_t(1) << (step.state_bits - step.out_bits);
-  const int64_t choices = int64_t(1) << step.out_bits;
-  const int hidden = kWindowBits - step.state_bits;
-  const Costs tags = Costs::fill((1 << step.tag_bits) - 1), no_tags = Costs::fill(~((1 << step.tag_bits) - 1));
-  const Costs unseen = Costs::fill((1 << hidden) - 1), most = Costs::fill(kMostChainCost);
-  Costs target[COUNT], weight[COUNT], lowest[COUNT];
+  const int oldest = step.state_bits - step.out_bits - step.in_bits;  // bits below the next choice
+  const int32_t tags = (1 << step.tag_bits) - 1;
+  const Costs most = Costs::fill(kMostChainCost);
+  const Costs hidden = Costs::fill((1 << (kWindowBits - step.state_bits)) - 1);
+  Costs lowest[COUNT], offset[COUNT];
   for (int c = 0; c < COUNT; ++c) {
-    target[c] = Costs::fill(chain[c].target);
-    weight[c] = Costs::fill(chain[c].weight);
+    offset[c] = Costs::fill(chain[c].offset);
     lowest[c] = Costs::fill(INT32_MAX);
   }
   for (int64_t state = 0; state < kept; state += Costs::kLanes) {
     Costs best[COUNT];
-    for (int c = 0; c < COUNT; ++c) best[c] = Costs::fill(INT32_MAX);
-    for (int64_t choice = 0; choice < choices; ++choice) {
-      const int64_t s = choice * kept + state;
-      Costs levels, norms;
-      for (int c = 0; c < COUNT; ++c) {
-        if (c == 0 || chain[c].rows) {
-          levels = load_windows<RUN>(step.levels, chain[c].rows, s, step.in_bits).template by_run<RUN>();
-          if (!SINGLES) {
-            norms = load_windows<RUN>(step.norms, chain[c].rows, s, step.in_bits).template by_run<RUN>();
-          }
-        }
-        Costs cost = Costs::repeat<RUN>(chain[c].before + (s >> step.in_bits));
-        cost = add_products(levels, target[c], cost);
-        if (!SINGLES) cost = add_products(norms, weight[c], cost);
-        best[c] = least(best[c], cost);
-      }
-    }
+    best_choices<RUN, SINGLES, HIDDEN>(step, chain, state, best);
     const Costs place = Costs::count_from(int32_t(state));
     for (int c = 0; c < COUNT; ++c) {
       const Costs found = best[c].template by_state<RUN>();
       found.store_bytes(chain[c].tags + state);
-      Costs tag = place.shift_right(step.state_bits - step.out_bits - step.in_bits);
-      if (chain[c].rows) {
-        const Costs older = found & unseen;
-        tag = (tag | older.shift_left(step.in_bits)) & tags;
-        (place | older.shift_left(step.state_bits - step.out_bits)).store(chain[c].rows_after + state);
+      Costs tag = place.shift_right(oldest);
+      if (HIDDEN) {
+        const Costs older = found & hidden;
+        tag = (tag | older.shift_left(step.in_bits)) & Costs::fill(tags);
+        const Costs row = place | older.shift_left(step.state_bits - step.out_bits);
+        row.store(chain[c].rows_after + state);
       }
-      const Costs cost = least((found & no_tags) + Costs::fill(chain[c].offset), most) | tag;
+      const Costs cost = least((found & Costs::fill(~tags)) + offset[c], most) | tag;
       lowest[c] = least(lowest[c], cost);
       cost.store(chain[c].after + state);
     }
@@ -71,9 +88,17 @@ void step_chains(const ChainStep& step, ChainStep::Chain* chain) {
 template <int RUN, bool SINGLES>
 void step_chains(ChainStep& step) {
   int64_t done = 0;
-  for (; step.count - done >= 4; done += 4) step_chains<RUN, SINGLES, 4>(step, step.chain + done);
-  for (; step.count - done >= 2; done += 2) step_chains<RUN, SINGLES, 2>(step, step.chain + done);
-  for (; done < step.count; ++done) step_chains<RUN, SINGLES, 1>(step, step.chain + done);
+  if (step.chain[0].rows) {
+    for (; done < step.count; ++done) step_chains<RUN, SINGLES, true, 1>(step, step.chain + done);
+    return;
+  }
+  for (; step.count - done >= 4; done += 4) {
+    step_chains<RUN, SINGLES, false, 4>(step, step.chain + done);
+  }
+  for (; step.count - done >= 2; done += 2) {
+    step_chains<RUN, SINGLES, false, 2>(step, step.chain + done);
+  }
+  for (; done < step.count; ++done) step_chains<RUN, SINGLES, false, 1>(step, step.chain + done);
 }
 
 template <bool SINGLES>
@@ -85,10 +110,7 @@ void step_chains(ChainStep& step) {
   if (run == 4) step_chains<Costs::kLaneBits, SINGLES>(step);
 }
 
-void chain_step(ChainStep& step) {
-  if (step.norms) step_chains<false>(step);
-  if (!step.norms) step_chains<true>(step);
-}
+void chain_step(ChainStep& step) { (step.norms ? step_chains<false> : step_chains<true>)(step); }
 
 }  // namespace
 }  // namespace pcdvq

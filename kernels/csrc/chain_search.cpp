@@ -204,19 +204,62 @@ void begin(const Unit& unit, const Pass& pass, PassMemory& memory) {
   }
 }
 
-// Before step `i`, near the end, closes states whose bits lead to others than those at the seam.
-void close_others(const Unit& unit, const Pass& pass, int64_t i, int left, int32_t* costs,
-                  int32_t seam) {
-  const int now = unit.bits_of(pass.first + i), end = unit.bits_of(pass.first + pass.length);
-  const int32_t known = (1 << (kWindowBits - end - left)) - 1;
-  for (int32_t q = 0; q < 1 << (pass.state_bits - now); ++q) {
-    if ((q & known) != (seam >> left)) costs[q] = kMostChainCost | (costs[q] & ((1 << unit.tag_bits) - 1));
+// The last steps of a pass to a known seam, all of whose new bits are the seam's.
+struct Closing {
+  int64_t steps = 0;
+  int bits = 0;
+};
+Closing closing_of(const Unit& unit, const Pass& pass) {
+  Closing closing;
+  if (!pass.seam || pass.state_bits == kWindowBits) return closing;
+  const int known = kWindowBits - unit.bits_of(pass.first + pass.length);
+  for (;;) {
+    const int bits = closing.bits + unit.bits_of(pass.first + pass.length - closing.steps - 1);
+    if (bits > known) return closing;
+    closing = {closing.steps + 1, bits};
   }
 }
 
-void trace(Unit& unit, const Pass& pass, const PassMemory& memory, int64_t chain, int32_t last) {
-  int32_t kept = last;
-  for (int64_t i = pass.length; i > 0; --i) {
+int32_t cost_of(const ChainStep& step, const Target& target, int32_t window) {
+  const auto product = [](int32_t a, int32_t b) {
+    return int16_t(a) * int16_t(b) + (a >> 16) * (b >> 16);
+  };
+  const int32_t norm = step.norms ? product(step.norms[window], target.weight) : 0;
+  return product(step.levels[window], target.target) + norm;
+}
+
+// The best of the states before the closing steps, and the new bits of those. Most states are lost
+// on the way to the seam, so states that stand for many windows must be told apart before.
+int32_t close(Unit& unit, const Pass& pass, const ChainStep& step, const Closing& closing,
+              int64_t chain, const int32_t* costs, const int32_t* rows) {
+  const int64_t begin = pass.first + pass.length - closing.steps;
+  const int32_t seam = pass.seam[chain], closed = seam & ((1 << closing.bits) - 1);
+  const int older_bits = kWindowBits - unit.bits_of(begin + closing.steps) - closing.bits;
+  int32_t best = 0;
+  int64_t least = INT64_MAX;
+  for (int32_t q = 0; q < 1 << (pass.state_bits - unit.bits_of(begin)); ++q) {
+    if ((q & ((1 << older_bits) - 1)) != seam >> closing.bits) continue;
+    int64_t cost = costs[q];
+    int left = closing.bits;
+    for (int64_t i = begin; i < begin + closing.steps; ++i) {
+      left -= unit.bits_of(i);
+      const int32_t window = (rows[q] << closing.bits | closed) >> left & ((1 << kWindowBits) - 1);
+      cost += cost_of(step, unit.targets[chain][i % unit.steps], window);
+    }
+    if (cost < least) best = q, least = cost;
+  }
+  int left = closing.bits;
+  for (int64_t i = begin; i < begin + closing.steps; ++i) {
+    left -= unit.bits_of(i);
+    unit.fresh[chain][i % unit.steps] = uint8_t(closed >> left & ((1 << unit.bits_of(i)) - 1));
+  }
+  return best;
+}
+
+// The new bits of the first `steps` steps, on the best path into a state.
+void trace(Unit& unit, const Pass& pass, int64_t steps, const PassMemory& memory, int64_t chain,
+           int32_t kept) {
+  for (int64_t i = steps; i > 0; --i) {
     const int64_t step = pass.first + i - 1;
     const int next = unit.bits_of(step + 1), now = unit.bits_of(step);
     const int32_t oldest = memory.tags[chain][memory.tag_at[i] + kept] & ((1 << next) - 1);
@@ -237,19 +280,14 @@ bool search(Unit& unit, const Pass& pass, Scratch& scratch) {
   step.state_bits = pass.state_bits;
   step.tag_bits = unit.tag_bits;
   step.count = unit.count;
-  const int hidden = kWindowBits - pass.state_bits;
-  int64_t closing = pass.length;  // the last step at which a state still has all bits of the seam's
-  int left = 0;
-  while (left < hidden) left += unit.bits_of(pass.first + --closing);
-  for (int64_t i = 0; i < pass.length; ++i) {
+  const Closing closing = closing_of(unit, pass);
+  const int64_t steps = pass.length - closing.steps;
+  for (int64_t i = 0; i < steps; ++i) {
     step.in_bits = unit.bits_of(pass.first + i);
     step.out_bits = unit.bits_of(pass.first + i + 1);
     for (int64_t c = 0; c < unit.count; ++c) {
       ChainStep::Chain& chain = step.chain[c];
       const Target& target = unit.targets[c][(pass.first + i) % unit.steps];
-      if (pass.seam && hidden && i == closing) {
-        close_others(unit, pass, i, left, memory.costs[i % 2][c], pass.seam[c]);
-      }
       const int32_t base = i ? chain.lowest & ~((1 << unit.tag_bits) - 1) : 0;
       chain.target = target.target;
       chain.weight = target.weight;
@@ -264,10 +302,16 @@ bool search(Unit& unit, const Pass& pass, Scratch& scratch) {
   }
   const int32_t kept = 1 << (pass.state_bits - unit.bits_of(pass.first + pass.length));
   for (int64_t c = 0; c < unit.count; ++c) {
-    const int32_t* costs = memory.costs[pass.length % 2][c];
-    const int32_t last = pass.seam ? pass.seam[c] & (kept - 1)
-                                   : int32_t(std::find(costs, costs + kept, step.chain[c].lowest) - costs);
-    trace(unit, pass, memory, c, last);
+    const int32_t* costs = memory.costs[steps % 2][c];
+    int32_t last;
+    if (closing.steps) {
+      last = close(unit, pass, step, closing, c, costs, memory.rows[steps % 2][c]);
+    } else if (pass.seam) {
+      last = pass.seam[c] & (kept - 1);
+    } else {
+      last = int32_t(std::find(costs, costs + kept, step.chain[c].lowest) - costs);
+    }
+    trace(unit, pass, steps, memory, c, last);
   }
   return true;
 }

@@ -7,39 +7,37 @@
 namespace pcdvq {
 namespace {
 
-// Costs of the paths into the states [state, state + kLanes) of one chain by each of the choices of
-// their oldest bits, and the least of them. RUN: the lanes of a vector fall into runs of 2^RUN states
-// that differ in the step's new bits alone; HIDDEN: states are not whole windows.
+// The least costs of paths into the states [state, state + kLanes), by any choice. RUN: lanes fall
+// into runs of 2^RUN states that differ in new bits alone; HIDDEN: rows tell the windows.
 template <int RUN, bool SINGLES, bool HIDDEN, int COUNT>
 inline void best_choices(const ChainStep& step, const ChainStep::Chain* chain, int64_t state,
                          Costs (&best)[COUNT]) {
-  const int64_t kept = int64_t(1) << (step.state_bits - step.out_bits);
-  const int64_t choices = int64_t(1) << step.out_bits, stride = kept >> step.in_bits;
-  const int64_t inside = state & ((int64_t(1) << step.in_bits) - 1);
+  const int new_bits = step.new_bits;
+  const int64_t choices = int64_t(1) << (step.before_bits + new_bits - step.after_bits);
+  const int64_t stride = int64_t(1) << (step.after_bits - new_bits);
   const int32_t *before[COUNT], *rows[COUNT];
   Costs target[COUNT], weight[COUNT];
   for (int c = 0; c < COUNT; ++c) {
-    before[c] = chain[c].before + (state >> step.in_bits);
-    rows[c] = HIDDEN ? chain[c].rows + (state >> step.in_bits) : nullptr;
+    before[c] = chain[c].before + (state >> new_bits);
+    rows[c] = HIDDEN ? chain[c].rows + (state >> new_bits) : nullptr;
     target[c] = Costs::fill(chain[c].target);
     weight[c] = Costs::fill(chain[c].weight);
     best[c] = Costs::fill(INT32_MAX);
   }
-  const int32_t *levels = step.levels + state, *norms = SINGLES ? nullptr : step.norms + state;
-  const int in_bits = step.in_bits;
+  const int64_t first = HIDDEN ? state & ((int64_t(1) << new_bits) - 1)
+                               : state / kWindowGroup * kWindowGroup * choices + state % kWindowGroup;
+  const int32_t *levels = step.levels + first, *norms = SINGLES ? nullptr : step.norms + first;
   for (int64_t choice = 0; choice < choices; ++choice) {
     Costs level, norm;
     if (!HIDDEN) {
-      level = Costs::load(levels + choice * kept).template by_run<RUN>();
-      if (!SINGLES) norm = Costs::load(norms + choice * kept).template by_run<RUN>();
+      level = Costs::load(levels + choice * kWindowGroup).template by_run<RUN>();
+      if (!SINGLES) norm = Costs::load(norms + choice * kWindowGroup).template by_run<RUN>();
     }
     for (int c = 0; c < COUNT; ++c) {
       if (HIDDEN) {
         const int32_t* row = rows[c] + choice * stride;
-        level = Costs::load_runs<RUN>(step.levels + inside, row, in_bits).template by_run<RUN>();
-        if (!SINGLES) {
-          norm = Costs::load_runs<RUN>(step.norms + inside, row, in_bits).template by_run<RUN>();
-        }
+        level = Costs::load_runs<RUN>(levels, row, new_bits).template by_run<RUN>();
+        if (!SINGLES) norm = Costs::load_runs<RUN>(norms, row, new_bits).template by_run<RUN>();
       }
       Costs cost = Costs::repeat<RUN>(before[c] + choice * stride);
       cost = add_products(level, target[c], cost);
@@ -49,15 +47,13 @@ inline void best_choices(const ChainStep& step, const ChainStep::Chain* chain, i
   }
 }
 
-// Costs are not stored by state: those that a step begins with are equal for states that differ in
-// the new bits alone, and it ends with the least of the states that differ in the oldest bits alone.
 template <int RUN, bool SINGLES, bool HIDDEN, int COUNT>
 void step_chains(const ChainStep& step, ChainStep::Chain* chain) {
-  const int64_t kept = int64_t(1) << (step.state_bits - step.out_bits);
-  const int oldest = step.state_bits - step.out_bits - step.in_bits;  // bits below the next choice
-  const int32_t tags = (1 << step.tag_bits) - 1;
+  const int64_t kept = int64_t(1) << step.after_bits;
+  const Costs tags = Costs::fill((1 << step.tag_bits) - 1);
+  const Costs costs = Costs::fill(~((1 << step.tag_bits) - 1));
+  const Costs hidden = Costs::fill((1 << step.next_hidden_bits) - 1);
   const Costs most = Costs::fill(kMostChainCost);
-  const Costs hidden = Costs::fill((1 << (kWindowBits - step.state_bits)) - 1);
   Costs lowest[COUNT], offset[COUNT];
   for (int c = 0; c < COUNT; ++c) {
     offset[c] = Costs::fill(chain[c].offset);
@@ -67,17 +63,17 @@ void step_chains(const ChainStep& step, ChainStep::Chain* chain) {
     Costs best[COUNT];
     best_choices<RUN, SINGLES, HIDDEN>(step, chain, state, best);
     const Costs place = Costs::count_from(int32_t(state));
+    const Costs choice = place.shift_right(step.after_bits - step.next_choice_bits);
     for (int c = 0; c < COUNT; ++c) {
       const Costs found = best[c].template by_state<RUN>();
       found.store_bytes(chain[c].tags + state);
-      Costs tag = place.shift_right(oldest);
+      Costs tag = choice;
       if (HIDDEN) {
         const Costs older = found & hidden;
-        tag = (tag | older.shift_left(step.in_bits)) & Costs::fill(tags);
-        const Costs row = place | older.shift_left(step.state_bits - step.out_bits);
-        row.store(chain[c].rows_after + state);
+        tag = (older.shift_left(step.next_choice_bits) | choice) & tags;
+        (older.shift_left(step.after_bits) | place).store(chain[c].rows_after + state);
       }
-      const Costs cost = least((found & Costs::fill(~tags)) + offset[c], most) | tag;
+      const Costs cost = least((found & costs) + offset[c], most) | tag;
       lowest[c] = least(lowest[c], cost);
       cost.store(chain[c].after + state);
     }
@@ -103,7 +99,7 @@ void step_chains(ChainStep& step) {
 
 template <bool SINGLES>
 void step_chains(ChainStep& step) {
-  const int run = step.in_bits < Costs::kLaneBits ? step.in_bits : Costs::kLaneBits;
+  const int run = step.new_bits < Costs::kLaneBits ? step.new_bits : Costs::kLaneBits;
   if (run == 1) step_chains<1, SINGLES>(step);
   if (run == 2) step_chains<2, SINGLES>(step);
   if (run == 3) step_chains<3, SINGLES>(step);

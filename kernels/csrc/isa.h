@@ -152,25 +152,32 @@ struct VptqStrip {
 constexpr int kWindowBits = 16;
 constexpr int32_t kMostChainCost = 1 << 29;
 
-// One step of the search in chain_search.cpp, for a few chains that share its windows. A state is the
-// last `state_bits` bits of a window; where those are fewer than all, each state also knows the rest
-// of the best path's window. Costs are multiples of 2^tag_bits; the bits below are the tag, which
-// tells where a path came from: the oldest bits of its state, above them those not in it.
+// States whose windows are loaded together lie together: the order of `levels` and `norms` where
+// states are whole windows. Window w is of the states `w & (kept - 1)` after a step.
+constexpr int64_t kWindowGroup = 16;
+
+// One step of the search in chain_search.cpp, for a few chains that share its windows. Paths are
+// known by the last bits of their window, `before_bits` of them; then come `new_bits`; of the paths
+// with the same last `after_bits` the best is kept. The choice between those is the path's tag,
+// 2^tag_bits of which costs are multiples, so that the tag goes along below them. Where a path has
+// less than all bits of its window before the step, its row tells them, and its tag has above the
+// choice those that the next row needs.
 struct ChainStep {
   struct Chain {
     int32_t target, weight;  // pairs of int16: factors of the windows' levels and norms
     int32_t offset;          // of all costs
-    int32_t lowest;          // out: the least cost with its tag
-    const int32_t* before;   // by states' bits above the step's: costs with tags
-    int32_t* after;          // likewise, for the next step
-    uint8_t* tags;           // like `after`: tags of the paths that are left
-    const int32_t* rows;     // like `before`: windows' bits above the step's; null if all are known
+    int32_t lowest;          // out: the least of `after`
+    const int32_t* before;   // [2^before_bits] costs with tags
+    const int32_t* rows;     // likewise; null if before_bits are all there are
+    int32_t* after;          // [2^after_bits] costs with tags
     int32_t* rows_after;
+    uint8_t* tags;           // [2^after_bits]: of the choices made
   };
-  const int32_t* levels;  // [2^16] pairs of int16
+  const int32_t* levels;  // [2^16] pairs of int16, ordered by groups or, for rows, by window
   const int32_t* norms;   // likewise; null for one weight a window
-  int state_bits, tag_bits;
-  int in_bits, out_bits;  // new in this step, and in the next
+  int before_bits, new_bits, after_bits;
+  int next_choice_bits, next_hidden_bits;  // of a tag in `after`
+  int tag_bits;
   int64_t count;
   Chain chain[4];
 };

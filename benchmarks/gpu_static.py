@@ -21,9 +21,10 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 from pcdvq_kernels.arguments import LayoutFields
+from pcdvq_kernels.trellis import CODE_BITS
 from pcdvq_kernels.triton import dequantize, hadamard, linear, moe, vptq
-from pcdvq_kernels.triton.format import Format, format_of
-from pcdvq_kernels.triton.tuning import MOST_REGISTERS, Device, m_tile_for
+from pcdvq_kernels.triton.format import TILE_COLUMNS, TILE_ROWS, format_of
+from pcdvq_kernels.triton.tuning import Device, m_tile_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -37,20 +38,13 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# (hadamard_block, vector_dim, sign_bits, parity, pattern, magnitude, rotation, state bits)
 LAYOUTS = {
-    "signed-2": LayoutFields(512, 8, 8, 1, 7, 1, 0, 0),
-    "signed-2.25": LayoutFields(512, 8, 8, 1, 9, 1, 0, 0),
-    "signed-3": LayoutFields(512, 4, 4, 1, 7, 1, 0, 0),
-    "signed-4": LayoutFields(512, 4, 4, 0, 10, 2, 0, 0),
-    "trellis-2": LayoutFields(512, 8, 8, 1, 8, 0, 3, 3),
-    "trellis-2.25": LayoutFields(512, 8, 8, 1, 10, 0, 3, 3),
-    "trellis-3": LayoutFields(512, 4, 4, 1, 8, 0, 2, 3),
-    "trellis-4": LayoutFields(512, 4, 4, 0, 12, 0, 2, 2),
-    "e8-2": LayoutFields(512, 8, 0, 0, 14, 2, 0, 0),
-    "e8-2.25": LayoutFields(512, 8, 0, 0, 16, 2, 0, 0),
-    "int8": LayoutFields(512, 1, 0, 0, 8, 0, 0, 0),
+    **{f"trellis-{bits / 2:g}": LayoutFields(512, 2, bits, 0, 64) for bits in CODE_BITS},
+    "trellis-2, chains of 16 rows": LayoutFields(512, 2, 4, 0, 16),
+    "stored": LayoutFields(512, 1, 8, 0, 0),
 }
+# Those whose other kernels are compiled too.
+DENSE_CODECS = ("trellis-2", "trellis-3", "stored")
 CLASSES = {
     "load": r"LD[GS]?|LDSM|LDGSTS|(global|buffer|flat)_load.*|ds_read.*|s_load.*|ds_bpermute.*",
     "store": r"ST[GS]?|STSM|RED|ATOMG?|(global|buffer|flat)_store.*|ds_write.*",
@@ -79,7 +73,6 @@ class Kernel:
         constants: its compile-time arguments.
         warps: per program.
         loop_weights: weights a warp decodes in one turn of the main loop; None without a loop.
-        registers: limit for the assembler, None for its own.
     """
 
     name: str
@@ -89,7 +82,6 @@ class Kernel:
     constants: dict[str, Any]
     warps: int = 1
     loop_weights: int | None = None
-    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,13 +100,11 @@ class Count:
     shared_bytes: int
 
 
-def _weight_signature(fmt: Format) -> dict[str, str]:
-    entries = {8: "*i64", 4: "*i32", 1: "*i8"}[fmt.vector_dim]
-    return {"words": "*i32", "table": entries, "row_scale": "*fp32", "tiles": "i32", "N": "i32"}
-
-
-def _product_signature(fmt: Format) -> dict[str, str]:
-    return {**_weight_signature(fmt), "x": "*i32", "scales": "*fp32", "padded": "i32"}
+# Of the weights of a product and of its activations.
+PRODUCT_SIGNATURE = {
+    **{"words": "*i32", "row_scale": "*fp32", "tiles": "i32", "N": "i32"},
+    **{"x": "*i32", "scales": "*fp32", "padded": "i32"},
+}
 
 
 def linear_kernel(codec: str, m_tile: int = 8, split: bool = False) -> Kernel:
@@ -124,14 +114,14 @@ def linear_kernel(codec: str, m_tile: int = 8, split: bool = False) -> Kernel:
         codec,
         linear.linear_kernel,
         {
-            **_product_signature(fmt),
+            **PRODUCT_SIGNATURE,
             "bias": "*bf16",
             "out": "*fp32" if split else "*bf16",
             "M": "i32",
             "split_tiles": "i32",
         },
         {"M_TILE": m_tile, "SPLIT": split, "BIAS": True, "FMT": fmt},
-        loop_weights=4096,
+        loop_weights=TILE_ROWS * TILE_COLUMNS,
     )
 
 
@@ -142,23 +132,28 @@ def moe_kernel(codec: str) -> Kernel:
         codec,
         moe.moe_kernel,
         {
-            **_product_signature(fmt),
+            **PRODUCT_SIGNATURE,
             "out": "*bf16",
             **dict.fromkeys(("sorted_ids", "expert_ids", "used"), "*i32"),
             "assignments": "i32",
         },
         {"M_TILE": 16, "TOP_K": 8, "FMT": fmt},
-        loop_weights=4096,
-        registers=MOST_REGISTERS,
+        loop_weights=TILE_ROWS * TILE_COLUMNS,
     )
 
 
 def dense_kernels(codec: str) -> list[Kernel]:
     fmt = format_of(LAYOUTS[codec])
-    weight = {**_weight_signature(fmt), "out": "*bf16", "K": "i32"}
-    rows = {**weight, "table": "*i8", "ids": "*i64", "signs": "*u8"}
+    weight = {"words": "*i32", "out": "*bf16", **dict.fromkeys(("tiles", "N", "K"), "i32")}
+    rows = {**weight, "row_scale": "*fp32", "ids": "*i64", "signs": "*u8"}
     return [
-        Kernel("levels", codec, dequantize.levels_kernel, weight, {"FMT": fmt}),
+        Kernel(
+            "levels",
+            codec,
+            dequantize.levels_kernel,
+            weight,
+            {"FMT": fmt, "UNIT": 1 / dequantize.UNITS},
+        ),
         Kernel(
             "embedding",
             codec,
@@ -229,10 +224,13 @@ def all_kernels(target: str) -> list[Kernel]:
     rotations = [kernel for block in (64, 512, 4096) for kernel in rotation_kernels(block)]
     return [
         *products,
-        linear_kernel("signed-2", m_tiles[0], split=True),
-        moe_kernel("signed-2"),
-        *dense_kernels("signed-2"),
-        *dense_kernels("trellis-2.25"),
+        linear_kernel("trellis-2", m_tiles[0], split=True),
+        moe_kernel("trellis-2"),
+        *(
+            kernel
+            for codec in ("trellis-2", "trellis-3", "stored")
+            for kernel in dense_kernels(codec)
+        ),
         *rotations,
         sum_kernel(),
         *(vptq_kernel(length, bits) for length, bits in ((8, 0), (8, 8), (16, 16))),
@@ -256,10 +254,7 @@ def compile_kernel(kernel: Kernel, target: GPUTarget) -> Any:
             if type.startswith("*")
         },
     )
-    options = {"num_warps": kernel.warps}
-    if kernel.registers and target.backend == "cuda":
-        options["maxnreg"] = kernel.registers
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options={"num_warps": kernel.warps})
 
 
 def _run(tool: str, path: str, *options: str) -> str:

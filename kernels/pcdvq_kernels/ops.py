@@ -163,7 +163,7 @@ def prepack_codewords(codewords: Tensor, spec: CodebookSpec) -> Tensor:
         return codewords
     from pcdvq_kernels.triton import prepack
 
-    return prepack.prepack_codewords(codewords, Layout(1, spec).to_ints())
+    return prepack.prepack_codewords(codewords)
 
 
 def _kernels(qweight: Tensor, on_cpu: bool) -> ModuleType:

@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 
 from pcdvq_kernels.arguments import check_expert_ids, check_prepacked, check_routing, expect
+from pcdvq_kernels.triton.dequantize import UNITS, levels
 from pcdvq_kernels.triton.dequantize import embedding as embedding_rows
-from pcdvq_kernels.triton.dequantize import levels
 from pcdvq_kernels.triton.format import TILE_ROWS, format_of
 from pcdvq_kernels.triton.hadamard import rotate, rotate_quantize
 from pcdvq_kernels.triton.linear import Weight
 from pcdvq_kernels.triton.linear import linear as decode_linear
 from pcdvq_kernels.triton.moe import align, moe_linear
-from pcdvq_kernels.triton.tuning import describe, linear_config
+from pcdvq_kernels.triton.tuning import describe, linear_config, on_its_device
 
 # Above this a dense copy of the weight is cheaper than decoding it for every 16 tokens. The copy is
 # written and read back, 34 bits per weight with the codes; in that time an H100 issues about 1170
-# instructions per 1024 weights, 17 times the 70 that 16 tokens take: the two meet at 270 tokens if
-# the copy leaves the cache, earlier if it does not (GPU.md).
-MOST_DECODE_TOKENS = 128
+# instructions per 1024 weights, 10 times the 111 that 16 tokens take at 2 bits and 4.6 times the
+# 252 at 3: they meet at 168 and 74 tokens if the copy leaves the cache, earlier if it does not.
+MOST_DECODE_TOKENS = 64
 SCRATCH_BYTES = 128 << 20  # of dense weight at a time
 
 
+@on_its_device
 def linear(
     x: Tensor,
     qweight: Tensor,
@@ -56,6 +57,7 @@ def linear(
     return y.view(*x.shape[:-1], n)
 
 
+@on_its_device
 def embedding(
     ids: Tensor,
     qweight: Tensor,
@@ -71,6 +73,7 @@ def embedding(
     return embedding_rows(ids, weight, signs_in, block, dtype)
 
 
+@on_its_device
 def moe(
     x: Tensor,
     topk_weights: Tensor,
@@ -109,7 +112,7 @@ def _experts(
     """The layer of every expert and its Hadamard block."""
     words, row_scale, signs_in = tensors
     fields = check_prepacked(in_features, row_scale[0], signs_in, layout, like)
-    weight = Weight(words, codewords, row_scale, format_of(fields))
+    weight = Weight(words, row_scale, format_of(fields))
     replace(weight, words=words[0], row_scale=row_scale[0]).check(
         row_scale.shape[1], in_features, like.device
     )
@@ -128,8 +131,7 @@ def _weight(
 ) -> tuple[Weight, int]:
     """The layer and its Hadamard block."""
     fields = check_prepacked(in_features, row_scale, signs_in, layout, like)
-    fmt = format_of(fields)
-    weight = Weight(qweight, codewords, row_scale, fmt)
+    weight = Weight(qweight, row_scale, format_of(fields))
     weight.check(row_scale.shape[0], in_features, like.device)
     return weight, fields.hadamard_block
 
@@ -139,11 +141,10 @@ def _dense_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     m, k = x.shape
     n = weight.row_scale.shape[0]
     step = max(1, SCRATCH_BYTES // (x.element_size() * k * TILE_ROWS)) * TILE_ROWS
-    bias = None if bias is None else bias.to(x.dtype)
     y = x.new_empty((m, n))
     for first in range(0, n, step):
         rows = slice(first, min(first + step, n))
-        dense = levels(weight, k, x.dtype, rows)
-        part = None if bias is None else bias[rows]
-        y[:, rows] = torch.nn.functional.linear(x, dense, part)
+        part = torch.nn.functional.linear(x, levels(weight, k, x.dtype, rows))
+        part = part * (UNITS * weight.row_scale[rows])
+        y[:, rows] = part if bias is None else part + bias[rows].float()
     return y

@@ -7,110 +7,116 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcdvq_kernels.triton.decode import decode_half, fold, load_tile, operand
+from pcdvq_kernels.triton.decode import (
+    MULTIPLIER,
+    decode_part,
+    half_columns,
+    load_tile,
+    operand,
+    part_rows,
+)
 from pcdvq_kernels.triton.format import TILE_COLUMNS, TILE_ROWS
 from pcdvq_kernels.triton.hadamard import hadamard, negate, warps_for
-from pcdvq_kernels.triton.linear import Weight, tile_rows
+from pcdvq_kernels.triton.linear import Weight
 from pcdvq_kernels.triton.tuning import INSTRUCTIONS
+
+# Levels to one: a product with fp16 activations is then of about the size of the layer's output,
+# and levels are no subnormal numbers.
+UNITS = 4096
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def levels_kernel(words, table, row_scale, out, N, K, tiles, FMT: tl.constexpr, ASM: tl.constexpr):
-    """out [N, K] = R Q; program (g, tile) has a tile."""
+def levels_kernel(
+    words, out, N, K, tiles, UNIT: tl.constexpr, FMT: tl.constexpr, ASM: tl.constexpr
+):
+    """out [N, K] = UNIT Q; program (g, tile, part) has a quarter of a tile."""
     LINE: tl.constexpr = 32 * FMT.lane_words
-    SIGNS: tl.constexpr = FMT.signs
-    words += tl.program_id(0).to(tl.int64) * (tiles * LINE)
+    row = tl.program_id(0)
     tile = tl.program_id(1)
-    rows = tile_rows(tl.program_id(0))
-    scale = tl.load(row_scale + rows, mask=rows < N, other=0.0)
-    d = tl.arange(0, 64)
-    loaded = load_tile(words, tile, tiles, FMT)
-    for half in tl.static_range(2):
-        levels, masks = decode_half(loaded, table, half, FMT, ASM)
-        values = operand(levels)
-        if SIGNS:
-            values += operand(masks) + 1
-        columns = tile * 128 + half * 64 + d // 32 * 32 + d // 4 % 4 * 8 + d // 16 % 2 * 4 + d % 4
-        to = out + rows.to(tl.int64)[:, None] * K + columns[None, :]
-        inside = (rows < N)[:, None] & (columns < K)[None, :]
-        dense = values.to(tl.float32) * scale[:, None]
-        tl.store(to, dense.to(out.dtype.element_ty), mask=inside)
+    for part in tl.static_range(4):
+        if tl.program_id(2) == part:
+            loaded = load_tile(words + (row.to(tl.int64) * tiles + tile) * LINE, FMT)
+            levels = operand(decode_part(loaded, part // 2, part % 2, FMT, ASM))
+            rows = part_rows(row, part // 2)
+            columns = half_columns(tile, part % 2)
+            to = out + rows.to(tl.int64)[:, None] * K + columns[None, :]
+            inside = (rows < N)[:, None] & (columns < K)[None, :]
+            values = levels.to(tl.float32) * UNIT
+            tl.store(to, values.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def plane_word(plane, tile, lane, word, WORDS: tl.constexpr, mask):
-    """Words `word` of lanes `lane` of a plane of `load_words`, uint32."""
-    LOAD: tl.constexpr = WORDS if WORDS < 4 else 4
-    place = tile * (32 * WORDS) + word // LOAD * (32 * LOAD) + lane * LOAD + word % LOAD
-    return tl.load(plane + place, mask=mask, other=0).to(tl.uint32, bitcast=True)
+def row_words(words, vector, lane, word, mask):
+    """Words of lanes of vectors of a row of tiles, uint32."""
+    place = (vector * 32 + lane) * 4 + word
+    return tl.load(words + place, mask=mask, other=0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def row_levels(words, table, row, columns, inside, tiles, FMT: tl.constexpr):
-    """Levels of one row at int32 [COLUMNS], fp32, a weight at a time."""
-    DIM: tl.constexpr = FMT.vector_dim
-    SIGNS: tl.constexpr = FMT.signs
-    PARITY: tl.constexpr = FMT.parity
-    STATE: tl.constexpr = FMT.state_bits
-    INDEX_WORDS: tl.constexpr = FMT.index_words
-    WIDTH: tl.constexpr = FMT.extra_width
-    TOP: tl.constexpr = FMT.top_width
-    LINE: tl.constexpr = 32 * FMT.lane_words
-    words += row // 32 * (tiles * LINE)
-    i = (row % 4).to(tl.int32)
-    r = (row % 32 // 4).to(tl.int32)
-    tile = columns // 128
-    b, t, h, j = columns // 32 % 4, columns // 8 % 4, columns // 4 % 2, columns % 4
+def low_words(words, vector, lane, b, q, inside, FMT: tl.constexpr):
+    """Low bytes of pieces (b, q) of a row of tiles, uint64: two of them at 3 bits, else four."""
+    if FMT.code_bits == 3:
+        word = row_words(words, vector + b // 2, lane, b % 2 * 2 + q // 2, inside)
+        return ((word >> (16 * (q % 2)).to(tl.uint32)) & 0xFFFF).to(tl.uint64)
+    else:
+        return row_words(words, vector + b, lane, q, inside).to(tl.uint64)
+
+
+@triton.jit
+def row_windows(words, row, columns, inside, FMT: tl.constexpr):
+    """Windows of one row's weights in int32 [COLUMNS], uint32."""
+    BITS: tl.constexpr = FMT.code_bits
+    LANES: tl.constexpr = FMT.chain_lanes
+    LOW: tl.constexpr = 2 if BITS == 3 else 4
+    PAIRS: tl.constexpr = 8 // LANES
+    j = row % 8
+    r = row % 64 // 8
+    vector = columns // 128 * BITS
+    b, t, q = columns // 32 % 4, columns // 8 % 4, columns // 2 % 4
     lane = 4 * r + t
-    if DIM == 1:
-        word = plane_word(words, tile, lane, 8 * i + 2 * b + h, 32, inside)
-        return (word >> (8 * j).to(tl.uint32)).to(tl.int8).to(tl.float32)
-    bit = (i + 4 * (b % 2)).to(tl.uint32)
-    high = tl.zeros(columns.shape, tl.uint32)
-    negative = inside
-    if SIGNS:
-        pair = b // 2 * 2
-        sign = plane_word(words, tile, lane, pair + h, 4, inside)
-        negative = (sign >> (8 * j.to(tl.uint32) + bit)) & 1 == 0
-        if PARITY:
-            if DIM == 8:
-                sign ^= plane_word(words, tile, lane, pair + 1 - h, 4, inside)
-            high = (fold(sign) >> bit) & 1
-        words += tiles * 128
-    q = b if DIM == 8 else 2 * b + h
-    byte = (8 * i).to(tl.uint32)
-    index = plane_word(words, tile, lane, q, INDEX_WORDS, inside)
-    low = (index >> byte) & 255
-    if STATE > 0:
-        # The row above is in this lane, or the last of the lane four before; where a segment
-        # starts, what is read there counts for nothing.
-        owner = tl.maximum(lane - tl.where(i == 0, 4, 0), 0)
-        above = plane_word(words, tile, owner, q, INDEX_WORDS, inside)
-        above >>= (8 * ((i + 3) % 4) + 8 - STATE).to(tl.uint32)
-        mask = tl.where(row % 16 == 0, 0, (1 << STATE) - 1).to(tl.uint32)
-        high |= (above & mask) << PARITY
-    words += tiles * (32 * INDEX_WORDS)
-    if WIDTH > 0:
-        extra = plane_word(words, tile, lane, q * WIDTH // 8, INDEX_WORDS * WIDTH // 8, inside)
-        extra >>= byte + (q * WIDTH % 8).to(tl.uint32)
-        high |= (extra & ((1 << WIDTH) - 1)) << (PARITY + STATE)
-        words += tiles * (4 * INDEX_WORDS * WIDTH)
-    if TOP > 0:
-        extra = plane_word(words, tile, lane, q * TOP // 8, INDEX_WORDS * TOP // 8, inside)
-        extra >>= byte + (q * TOP % 8).to(tl.uint32)
-        high |= (extra & ((1 << TOP) - 1)) << 8
-    place = (low | (high << 8)) * DIM + (4 * h * (DIM == 8) + j).to(tl.uint32)
-    level = tl.load(table + place, mask=inside, other=0).to(tl.float32)
-    if SIGNS:
-        level = tl.where(negative, level + 1, -1 - level)
-    return level
+    piece = low_words(words, vector, lane, b, q, inside, FMT)
+    if BITS == 8:
+        high = row_words(words, vector + 4 + b, lane, q, inside).to(tl.uint64)
+        piece |= high << 32
+    else:
+        for byte in tl.static_range(LOW, BITS):
+            word = row_words(words, vector + byte, lane, b, inside)
+            piece |= ((word >> (8 * q).to(tl.uint32)) & 255).to(tl.uint64) << (8 * byte)
+    starts = r % LANES == 0
+    lane = 4 * (r // LANES * LANES + (r + LANES - 1) % LANES) + t
+    entered = tl.where(starts, q // PAIRS * PAIRS + (q + PAIRS - 1) % PAIRS, q)
+    before = low_words(words, vector, lane, b, entered, inside, FMT)
+    shift = BITS * (7 - j) + tl.zeros(columns.shape, tl.int32)
+    if FMT.singles:
+        shift += tl.where(columns % 2 == 0, BITS - FMT.window_bits, 0)
+    # Bits of the piece above `shift`, then those before it: none if 16 are above.
+    above = tl.minimum(8 * BITS - shift, 16)
+    window = (piece >> shift.to(tl.uint64)) | (before << above.to(tl.uint64))
+    return (window & 0xFFFF).to(tl.uint32)
+
+
+@triton.jit
+def row_levels(words, row, columns, inside, tiles, FMT: tl.constexpr):
+    """Levels of one row at int32 [COLUMNS], fp32, a weight at a time."""
+    words += row // 64 * (tiles * (32 * FMT.lane_words))
+    row = (row % 64).to(tl.int32)
+    if FMT.code_bits == 0:
+        b, t, h, c = columns // 32 % 4, columns // 8 % 4, columns // 4 % 2, columns % 4
+        vector = columns // 128 * 16 + 4 * b + row % 8 // 2
+        word = row_words(words, vector, row // 8 * 4 + t, row % 2 * 2 + h, inside)
+        return (word >> (8 * c).to(tl.uint32)).to(tl.int8).to(tl.float32)
+    else:
+        product = row_windows(words, row, columns, inside, FMT) * MULTIPLIER
+        u = ((product & 255) + ((product >> 16) & 255) + 1) >> 1
+        v = (((product >> 8) & 255) + (product >> 24) + 1) >> 1
+        level = (u + v + 1) >> 1 if FMT.singles else tl.where(columns % 2 == 0, u, v)
+        return level.to(tl.float32) - 128.0
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def embedding_kernel(
     ids,
     words,
-    table,
     row_scale,
     signs,
     out,
@@ -129,7 +135,7 @@ def embedding_kernel(
     known = (row >= 0) & (row < N)
     row = tl.where(known, row, 0)
     inside = columns < K
-    levels = row_levels(words, table, row, columns, inside, tiles, FMT)
+    levels = row_levels(words, row, columns, inside, tiles, FMT)
     levels = tl.where(inside, levels, 0.0)
     scale = tl.where(known, tl.load(row_scale + row), float("nan"))
     dense = negate(hadamard(levels, BLOCK, LOG), signs, columns, inside) * scale
@@ -137,30 +143,28 @@ def embedding_kernel(
 
 
 def levels(weight: Weight, in_features: int, dtype: torch.dtype, rows: slice) -> Tensor:
-    """Rows of R Q, the weight that rotated activations are multiplied with.
+    """Rows of Q / `UNITS`, exact in every dtype.
 
     Args:
         weight: the layer, N rows.
         in_features: K.
         dtype: of the result.
-        rows: which rows; starts at a multiple of 32.
+        rows: which rows; starts at a multiple of 64.
 
     Returns:
         dtype [rows, K].
     """
-    row_scale = weight.row_scale[rows]
     first = rows.start // TILE_ROWS
-    n = row_scale.shape[0]
+    n = weight.row_scale[rows].shape[0]
     words = weight.words[first : first - (-n // TILE_ROWS)]
-    out = row_scale.new_empty((n, in_features), dtype=dtype)
-    levels_kernel[words.shape[0], weight.tiles](
+    out = torch.empty((n, in_features), dtype=dtype, device=words.device)
+    levels_kernel[words.shape[0], weight.tiles, 4](
         words,
-        weight.entries(),
-        row_scale,
         out,
         n,
         in_features,
         weight.tiles,
+        UNIT=1 / UNITS,
         FMT=weight.fmt,
         ASM=INSTRUCTIONS,
         num_warps=1,
@@ -190,7 +194,6 @@ def embedding(
         embedding_kernel[ids.numel(), -(-k // columns)](
             ids.contiguous(),
             weight.words,
-            weight.table,
             weight.row_scale,
             signs_in,
             out,

@@ -12,6 +12,7 @@ from torch import Tensor
 from pcdvq_kernels.triton.format import TILE_COLUMNS
 
 MAX_LEVEL = tl.constexpr(127.0)
+LEAST_SCALE = tl.constexpr(2.0**-126)  # whose inverse is finite; below, activations count as 0
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class QuantizedActivations:
 
     Attributes:
         values: int32 [padded tokens, tiles, 4, 8], four int8 each: [t][b][h][j] of `format`.
-        scales: fp32 [2, tiles, padded tokens]: scales, and scale times sum of values.
+        scales: fp32 [tiles, padded tokens].
         tokens: M; the rows past them are 0.
     """
 
@@ -85,12 +86,14 @@ def rotate_quantize_kernel(
     values = hadamard(negate(values, signs, columns, inside), BLOCK, LOG)
     values = tl.reshape(values, [COLUMNS // 128, 128])
     scale = tl.max(tl.abs(values), 1) / MAX_LEVEL
+    scale = tl.where(scale < LEAST_SCALE, 0.0, scale)
+    # A maximum drops NaN: a block with one, or with an infinity, has the scale NaN.
+    scale += tl.sum(values * 0.0, 1)
     inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
     levels = tl.floor(values * inverse[:, None] + 0.5)
+    levels = tl.where((scale == scale)[:, None], levels, 0.0)
     tile = tl.program_id(1) * (COLUMNS // 128) + tl.arange(0, COLUMNS // 128)
-    to = scales + tile.to(tl.int64) * padded + token
-    tl.store(to, scale, mask=tile < tiles)
-    tl.store(to + tiles.to(tl.int64) * padded, scale * tl.sum(levels, 1), mask=tile < tiles)
+    tl.store(scales + tile.to(tl.int64) * padded + token, scale, mask=tile < tiles)
     # Column 32 b + 8 t + 4 h + j of a tile goes to 32 t + 8 b + 4 h + j.
     column = tl.arange(0, 128)
     place = column // 8 % 4 * 32 + column // 32 * 8 + column % 8
@@ -138,7 +141,7 @@ def rotate_quantize(x: Tensor, signs_in: Tensor, block: int, multiple: int) -> Q
     tiles = -(-k // TILE_COLUMNS)
     padded = -(-m // multiple) * multiple
     values = torch.empty((padded, tiles, 4, 8), dtype=torch.int32, device=x.device)
-    scales = torch.empty((2, tiles, padded), device=x.device)
+    scales = torch.empty((tiles, padded), device=x.device)
     columns = max(block, TILE_COLUMNS)
     rotate_quantize_kernel[padded, -(-k // columns)](
         x,

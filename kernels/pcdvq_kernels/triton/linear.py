@@ -10,72 +10,50 @@ import triton.language as tl
 from torch import Tensor
 
 from pcdvq_kernels.arguments import expect
-from pcdvq_kernels.triton.decode import as_int8, decode_half, load_tile, operand
+from pcdvq_kernels.triton.decode import as_int8, decode_part, load_tile, operand, part_rows
 from pcdvq_kernels.triton.format import LANES, Format
 from pcdvq_kernels.triton.hadamard import QuantizedActivations
 from pcdvq_kernels.triton.tuning import INSTRUCTIONS, LinearConfig
 
 
 @triton.jit
-def tile_products(words, table, x, tile, tiles, product, FMT: tl.constexpr, ASM):
-    """`product` int32 [32, M] plus the products of one tile of columns, but for sum(x)."""
-    SIGNS: tl.constexpr = FMT.signs
-    M: tl.constexpr = x.shape[0]
-    loaded = load_tile(words, tile, tiles, FMT)
-    for half in tl.static_range(2):
-        levels, masks = decode_half(loaded, table, half, FMT, ASM)
-        lane = tl.load(x + half * 4)  # [M, t, (b & 1, h)]
-        columns = tl.reshape(tl.permute(lane.to(tl.uint32, bitcast=True), [0, 2, 1]), [M, 16])
-        x_half = tl.trans(as_int8(columns))
-        product = tl.dot(operand(levels), x_half, product, out_dtype=tl.int32)
-        if SIGNS:
-            product = tl.dot(operand(masks), x_half, product, out_dtype=tl.int32)
-    return product
-
-
-@triton.jit
 def accumulate(
-    words,
-    table,
-    x,
-    scales,
-    tokens,
-    padded,
-    first,
-    last,
-    tiles,
-    FMT: tl.constexpr,
-    ASM: tl.constexpr,
+    words, x, scales, tokens, padded, first, last, tiles, FMT: tl.constexpr, ASM: tl.constexpr
 ):
-    """Sum over tiles `first` to `last` of levels times activations, fp32 [32, M].
+    """Sums over tiles `first` to `last` of levels times activations.
 
     Args:
         words: pointer to a row of tiles.
         x, scales: `QuantizedActivations`.
         tokens: int32 [M], rows of x.
         padded: rows that x has.
+
+    Returns:
+        fp32 [32, M] for the rows of `part_rows` 0, then of 1.
     """
-    SIGNS: tl.constexpr = FMT.signs
     M: tl.constexpr = tokens.shape[0]
+    LINE: tl.constexpr = 32 * FMT.lane_words
     lane = tl.arange(0, 4)[None, :, None] * 8 + tl.arange(0, 4)[None, None, :]
     x += tokens.to(tl.int64)[:, None, None] * (tiles * 32) + lane
     scales += tokens
-    acc = tl.zeros([32, M], tl.float32)
-    shift = tl.zeros([M], tl.float32)
+    first_sum = tl.zeros([32, M], tl.float32)
+    second_sum = tl.zeros([32, M], tl.float32)
     for tile in tl.range(first, last, num_stages=1):
-        product = tl.zeros([32, M], tl.int32)
-        product = tile_products(words, table, x + tile * 32, tile, tiles, product, FMT, ASM)
-        acc += product.to(tl.float32) * tl.load(scales + tile * padded)[None, :]
-        if SIGNS:
-            shift += tl.load(scales + (tiles + tile) * padded)
-    return acc + shift[None, :]
-
-
-@triton.jit
-def tile_rows(row):
-    """Weight rows of the rows of `operand`, of row of tiles `row`: int32 [32]."""
-    d = tl.arange(0, 32)
-    return row * 32 + d % 8 * 4 + d // 8
+        loaded = load_tile(words + tile * LINE, FMT)
+        first_product = tl.zeros([32, M], tl.int32)
+        second_product = tl.zeros([32, M], tl.int32)
+        for half in tl.static_range(2):
+            lanes = tl.load(x + tile * 32 + half * 4)  # [M, t, (b & 1, h)]
+            columns = tl.permute(lanes.to(tl.uint32, bitcast=True), [0, 2, 1])
+            factor = tl.trans(as_int8(tl.reshape(columns, [M, 16])))
+            levels = operand(decode_part(loaded, 0, half, FMT, ASM))
+            first_product = tl.dot(levels, factor, first_product, out_dtype=tl.int32)
+            levels = operand(decode_part(loaded, 1, half, FMT, ASM))
+            second_product = tl.dot(levels, factor, second_product, out_dtype=tl.int32)
+        scale = tl.load(scales + tile * padded)[None, :]
+        first_sum += first_product.to(tl.float32) * scale
+        second_sum += second_product.to(tl.float32) * scale
+    return first_sum, second_sum
 
 
 @triton.jit
@@ -93,7 +71,6 @@ def linear_kernel(
     x,
     scales,
     words,
-    table,
     row_scale,
     bias,
     out,
@@ -118,15 +95,17 @@ def linear_kernel(
     last = tl.minimum(first + split_tiles, tiles)
     tokens = tl.program_id(2) * M_TILE + tl.arange(0, M_TILE)
     words += row.to(tl.int64) * (tiles * LINE)
-    acc = accumulate(words, table, x, scales, tokens, padded, first, last, tiles, FMT, ASM)
-    rows = tile_rows(row)
+    sums = accumulate(words, x, scales, tokens, padded, first, last, tiles, FMT, ASM)
     if SPLIT:
         out += tl.program_id(1).to(tl.int64) * M * N
-    else:
-        acc = scale_rows(acc, row_scale, bias, rows, N, BIAS)
-    to = out + tokens.to(tl.int64)[None, :] * N + rows[:, None]
-    inside = (rows < N)[:, None] & (tokens < M)[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
+    for part in tl.static_range(2):
+        rows = part_rows(row, part)
+        acc = sums[part]
+        if not SPLIT:
+            acc = scale_rows(acc, row_scale, bias, rows, N, BIAS)
+        to = out + tokens.to(tl.int64)[None, :] * N + rows[:, None]
+        inside = (rows < N)[:, None] & (tokens < M)[None, :]
+        tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "SPLITS"])
@@ -150,13 +129,11 @@ class Weight:
 
     Attributes:
         words: int32 `fmt.weight_shape(N, K)`; for experts [E, ...].
-        table: int8 `fmt.table_shape`.
         row_scale: fp32 [N]; for experts [E, N].
         fmt: how words are laid out.
     """
 
     words: Tensor
-    table: Tensor
     row_scale: Tensor
     fmt: Format
 
@@ -166,17 +143,9 @@ class Weight:
         return self.words.shape[-1] // (LANES * self.fmt.lane_words)
 
     def check(self, rows: int, columns: int, device: torch.device) -> None:
-        """Raise PCDVQError unless the tensors are those of a prepacked weight [rows, columns]."""
-        for name, tensor, dtype, shape in (
-            ("qweight", self.words, torch.int32, self.fmt.weight_shape(rows, columns)),
-            ("codewords", self.table, torch.int8, self.fmt.table_shape),
-        ):
-            expect(name, tensor, dtype, shape, device)
-
-    def entries(self) -> Tensor:
-        """The table as one integer per entry."""
-        dtypes = {8: torch.int64, 4: torch.int32, 1: torch.int8}
-        return self.table.view(dtypes[self.fmt.vector_dim]).view(-1)
+        """Raise PCDVQError unless the words are those of a prepacked weight [rows, columns]."""
+        shape = self.fmt.weight_shape(rows, columns)
+        expect("qweight", self.words, torch.int32, shape, device)
 
 
 def linear(
@@ -208,7 +177,6 @@ def linear(
         x.values,
         x.scales,
         weight.words,
-        weight.entries(),
         weight.row_scale,
         weight.row_scale if bias is None else bias,
         parts,

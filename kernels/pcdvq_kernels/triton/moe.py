@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pcdvq_kernels.triton.decode import part_rows
 from pcdvq_kernels.triton.format import TILE_ROWS
 from pcdvq_kernels.triton.hadamard import rotate_quantize
-from pcdvq_kernels.triton.linear import Weight, accumulate, scale_rows, tile_rows
-from pcdvq_kernels.triton.tuning import INSTRUCTIONS, register_limit
+from pcdvq_kernels.triton.linear import Weight, accumulate, scale_rows
+from pcdvq_kernels.triton.tuning import INSTRUCTIONS
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,6 @@ def moe_kernel(
     x,
     scales,
     words,
-    table,
     row_scale,
     sorted_ids,
     expert_ids,
@@ -95,12 +95,13 @@ def moe_kernel(
         row = tl.program_id(0)
         line = expert * tl.num_programs(0) + row
         words += line * (tiles * LINE)
-        acc = accumulate(words, table, x, scales, tokens, padded, 0, tiles, tiles, FMT, ASM)
-        rows = tile_rows(row)
-        acc = scale_rows(acc, row_scale + expert * N, row_scale, rows, N, False)
-        to = out + ids.to(tl.int64)[None, :] * N + rows[:, None]
-        inside = (rows < N)[:, None] & real[None, :]
-        tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
+        sums = accumulate(words, x, scales, tokens, padded, 0, tiles, tiles, FMT, ASM)
+        for part in tl.static_range(2):
+            rows = part_rows(row, part)
+            acc = scale_rows(sums[part], row_scale + expert * N, row_scale, rows, N, False)
+            to = out + ids.to(tl.int64)[None, :] * N + rows[:, None]
+            inside = (rows < N)[:, None] & real[None, :]
+            tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def moe_linear(x: Tensor, weight: Weight, signs_in: Tensor, block: int, routing: Routing) -> Tensor:
@@ -109,8 +110,7 @@ def moe_linear(x: Tensor, weight: Weight, signs_in: Tensor, block: int, routing:
     Args:
         x: bf16, fp16 or fp32 [tokens, K]; a second layer takes one row per assignment and
             `top_k` 1.
-        weight: words [E, row tiles, words] and row_scale [E, N], stacked experts that share a
-            table.
+        weight: words [E, row tiles, words] and row_scale [E, N], stacked experts.
         signs_in: uint8 [K / 8], shared by the experts, which read the same activations.
         block: Hadamard block.
         routing: tokens to experts.
@@ -127,7 +127,6 @@ def moe_linear(x: Tensor, weight: Weight, signs_in: Tensor, block: int, routing:
         activations.values,
         activations.scales,
         weight.words,
-        weight.entries(),
         weight.row_scale,
         routing.sorted_token_ids,
         routing.expert_ids,
@@ -142,7 +141,5 @@ def moe_linear(x: Tensor, weight: Weight, signs_in: Tensor, block: int, routing:
         FMT=weight.fmt,
         ASM=INSTRUCTIONS,
         num_warps=1,
-        # Left to itself, the assembler spills a value around the main loop to stay at 96.
-        **register_limit(),
     )
     return out

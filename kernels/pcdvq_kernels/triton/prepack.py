@@ -1,4 +1,4 @@
-"""From a checkpoint's codes to the words and tables of `format`; runs once, when a model loads."""
+"""From a checkpoint's codes to the words of `format`; runs once, when a model loads."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pcdvq_kernels.arguments import LayoutFields
-from pcdvq_kernels.codebook import expand_patterns
-from pcdvq_kernels.config import SEGMENT_ROWS
 from pcdvq_kernels.fallback import decode_levels
 from pcdvq_kernels.packing import unpack_codes
-from pcdvq_kernels.triton.format import LANES, TILE_COLUMNS, TILE_ROWS, Format, format_of
+from pcdvq_kernels.triton.format import (
+    LANE_ROWS,
+    LANES,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    Format,
+    format_of,
+)
+from pcdvq_kernels.triton.tuning import describe
 
 # Bounds scratch: packing holds a few int64 per weight of a chunk of rows.
 CHUNK_WEIGHTS = 1 << 22
-assert TILE_ROWS % SEGMENT_ROWS == 0  # no chain of states enters a tile
 
 
 def prepack_weight(
@@ -33,113 +38,74 @@ def prepack_weight(
 
     Returns:
         int32 `format_of(layout).weight_shape(N, K)`.
+
+    Raises:
+        PCDVQError: the device is a GPU that the kernels do not run on.
     """
+    describe(qweight.device)
     fields = LayoutFields(*layout)
     fmt = format_of(fields)
-    rows = qweight.shape[0]
-    shape = fmt.weight_shape(rows, in_features)
+    shape = fmt.weight_shape(qweight.shape[0], in_features)
     words = torch.empty(shape, dtype=torch.int32, device=qweight.device)
     step = max(1, CHUNK_WEIGHTS // (TILE_ROWS * in_features))
     for first in range(0, shape[0], step):
         chunk = qweight[first * TILE_ROWS : (first + step) * TILE_ROWS]
-        words[first : first + step] = _pack_rows(chunk, codewords, fields, fmt, in_features)
+        if fmt.code_bits:
+            codes = unpack_codes(chunk, fmt.code_bits, in_features // fields.vector_dim)
+            packed = _pack_pieces(codes, fmt)
+        else:
+            packed = _pack_levels(decode_levels(chunk, codewords, fields, in_features))
+        # The upper half of 32 bits becomes negative.
+        words[first : first + step] = ((packed ^ (1 << 31)) - (1 << 31)).flatten(1)
     return words
 
 
-def prepack_codewords(codewords: Tensor, layout: Sequence[int]) -> Tensor:
-    """The table that a prepacked weight's indices select from.
-
-    Args:
-        codewords: int8, `Codebook.codewords()`.
-        layout: `Layout(...).to_ints()`.
-
-    Returns:
-        int8 `format_of(layout).table_shape`: levels, inverted bitwise where codes have signs, so
-        that one exclusive or with all ones, where a level is positive, gives it back.
-    """
-    fields = LayoutFields(*layout)
-    fmt = format_of(fields)
-    if fmt.vector_dim == 1:
-        return codewords.new_zeros(fmt.table_shape)
-    index = torch.arange(fmt.table_shape[0], device=codewords.device)
-    above = index >> 8
-    parity = above & ((1 << fmt.parity) - 1)
-    above = above >> fmt.parity
-    state = above & ((1 << fmt.state_bits) - 1)
-    extra = above >> fmt.state_bits
-    pattern = (index & 255) << sum(fmt.extra_widths) | extra
-    table = expand_patterns(codewords, fields)[state, pattern, parity]
-    return (~table if fmt.signs else table).contiguous()
+def prepack_codewords(codewords: Tensor) -> Tensor:
+    """What is left of a table beside words, which need none: int8 [0, vector_dim]."""
+    return codewords[:0]
 
 
-def _pack_rows(
-    qweight: Tensor, codewords: Tensor, layout: LayoutFields, fmt: Format, in_features: int
-) -> Tensor:
-    """int32 [row tiles, words] of a chunk of rows that starts at a tile."""
-    if fmt.vector_dim == 1:
-        levels = decode_levels(qweight, codewords, layout, in_features).to(torch.int64)
-        return _words([_level_plane(_tiles(levels, 1))])
-    groups = in_features // fmt.vector_dim
-    codes = _tiles(unpack_codes(qweight, layout.code_bits, groups), fmt.vector_dim)
-    fields = codes >> layout.sign_bits
-    planes = [_sign_plane(codes, fmt)] if fmt.signs else []
-    below = sum(fmt.extra_widths)
-    planes.append(_index_plane(fields >> below, fmt, 8))
-    for width in fmt.extra_widths:
-        # The first plane has the lowest bits: they come first in a table index too.
-        planes.append(_index_plane(fields & ((1 << width) - 1), fmt, width))
-        fields = fields >> width
-    return _words(planes)
+def _pack_pieces(codes: Tensor, fmt: Format) -> Tensor:
+    """Codes [N, G] of whole chains to words, int64 [row tiles, tiles, vectors, lanes, 4]."""
+    bits = fmt.code_bits
+    steps = _tiles(codes, 4)  # [row tiles, r, j, tiles, b, t, q]
+    shifts = bits * torch.arange(LANE_ROWS - 1, -1, -1, device=codes.device)
+    pieces = (steps << shifts.view(-1, 1, 1, 1, 1)).sum(2)
+    # [row tiles, tiles, b, q, lanes]
+    pieces = pieces.permute(0, 2, 3, 5, 1, 4).flatten(4)
+    if bits == 3:
+        halves = _join(pieces & 0xFFFF, 3, 2, 16).flatten(2, 3).unflatten(2, (2, 4))
+        vectors = torch.cat([halves, _byte(pieces, 2)], 2)
+    else:
+        low, high = pieces & 0xFFFFFFFF, [_byte(pieces, v) for v in range(4, bits)]
+        if bits == 8:
+            high = [pieces >> 32 & 0xFFFFFFFF]
+        vectors = torch.cat([low, *high], 2)
+    return vectors.transpose(3, 4)
 
 
-def _tiles(values: Tensor, vector_dim: int) -> Tensor:
-    """[N, groups] to [row tiles, r 8, i 4, tiles, b 4, t 4, h]: h is 2 for groups of 4, else 1.
+def _byte(pieces: Tensor, byte: int) -> Tensor:
+    """One byte of pieces [row tiles, tiles, b, q, lanes], as a vector [..., 1, b, lanes]."""
+    return _join(pieces >> (8 * byte) & 255, 3, 4, 8).transpose(2, 3)
 
-    For levels (`vector_dim` 1) to [row tiles, r, i, tiles, b, t, h 2, j 4].
-    """
-    columns = TILE_COLUMNS // vector_dim
+
+def _join(values: Tensor, dim: int, count: int, bits: int) -> Tensor:
+    """Runs of `count` values along `dim` as one number each, the first lowest."""
+    values = values.unflatten(dim, (-1, count)).movedim(dim + 1, -1)
+    return (values << bits * torch.arange(count, device=values.device)).sum(-1)
+
+
+def _pack_levels(levels: Tensor) -> Tensor:
+    """Levels fp32 [N, K] to words, int64 [row tiles, tiles, vectors, lanes, 4]."""
+    # [row tiles, r, j, tiles, b, t, c] with all 8 columns of a run, then with four of them.
+    levels = _join(_tiles(levels.long() & 255, 8), 6, 4, 8)
+    # [row tiles, tiles, b, j / 2, r, t, j % 2, h]
+    words = levels.unflatten(2, (4, 2)).permute(0, 4, 5, 2, 1, 6, 3, 7)
+    return words.reshape(*words.shape[:2], -1, LANES, 4)
+
+
+def _tiles(values: Tensor, run: int) -> Tensor:
+    """[N, ...] to [row tiles, r 8, j 8, tiles, b 4, t 4, run]: `run` values in 8 columns."""
+    columns = TILE_COLUMNS // 8 * run
     padded = pad(values, (0, -values.shape[1] % columns, 0, -values.shape[0] % TILE_ROWS))
-    run = (2, 4) if vector_dim == 1 else (8 // vector_dim,)
-    return padded.view(-1, 8, 4, padded.shape[1] // columns, 4, 4, *run)
-
-
-def _sign_plane(codes: Tensor, fmt: Format) -> Tensor:
-    """[row tiles, tiles, r, t, p 2, h 2]."""
-    bits = torch.arange(fmt.vector_dim, device=codes.device)
-    positive = 1 - ((codes.unsqueeze(-1) >> bits) & 1)
-    rows, _, _, tiles = positive.shape[:4]
-    # [row tiles, r, i, tiles, p, b & 1, t, h, j]
-    positive = positive.reshape(rows, 8, 4, tiles, 2, 2, 4, 2, 4)
-    i, b, j = (torch.arange(n, device=codes.device) for n in (4, 2, 4))
-    shift = 8 * j + i.view(4, 1, 1, 1, 1, 1, 1) + 4 * b.view(2, 1, 1, 1)
-    return (positive << shift).sum((2, 5, 8)).permute(0, 2, 1, 4, 3, 5)
-
-
-def _index_plane(values: Tensor, fmt: Format, width: int) -> Tensor:
-    """[row tiles, tiles, r, t, words] of values below 2 ** width."""
-    rows, _, _, tiles = values.shape[:4]
-    words, packed = fmt.extra_words(width), 8 // width
-    # [row tiles, tiles, r, t, i, b, h]
-    values = values.permute(0, 3, 1, 5, 2, 4, 6).reshape(rows, tiles, 8, 4, 4, words, packed)
-    i, position = (torch.arange(n, device=values.device) for n in (4, packed))
-    return (values << (8 * i.view(4, 1, 1) + width * position)).sum((4, 6))
-
-
-def _level_plane(levels: Tensor) -> Tensor:
-    """[row tiles, tiles, r, t, i, b, h]."""
-    shift = 8 * torch.arange(4, device=levels.device)
-    return ((levels & 255) << shift).sum(-1).permute(0, 3, 1, 5, 2, 4, 6)
-
-
-def _words(planes: list[Tensor]) -> Tensor:
-    """Planes of unsigned 32-bit values in int64 to int32 [row tiles, words]."""
-    line = torch.cat([_in_fours(plane).flatten(1) for plane in planes], 1)
-    return ((line ^ (1 << 31)) - (1 << 31)).to(torch.int32)  # the upper half becomes negative
-
-
-def _in_fours(plane: Tensor) -> Tensor:
-    """[row tiles, tiles, r, t, words...] to [row tiles, tiles, loads, lanes, words up to 4]."""
-    words = plane.flatten(4)
-    per_load = min(4, words.shape[-1])
-    words = words.reshape(*words.shape[:2], LANES, -1, per_load)
-    return words.transpose(2, 3).contiguous()
+    return padded.view(-1, 8, LANE_ROWS, padded.shape[1] // columns, 4, 4, run)

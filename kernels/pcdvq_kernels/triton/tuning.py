@@ -10,14 +10,22 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from pcdvq_kernels.cache import cache_directory
+from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.triton.format import TILE_COLUMNS, TILE_ROWS, Format
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Whether kernels use single instructions of NVIDIA GPUs, which the interpreter does not know.
@@ -27,8 +35,8 @@ INSTRUCTIONS = not INTERPRETED and torch.version.hip is None
 # latency (600-800 ns), over the KiB of codes that a warp has in flight at 2 bits per weight.
 WARPS_PER_PROCESSOR = {"sm_80": 12, "sm_86": 8, "sm_89": 8, "sm_90": 20, "sm_100": 28, "sm_120": 12}
 DEFAULT_WARPS = 12
-MOST_REGISTERS = 128
-SHORTEST_SPLIT = 4  # tiles: fewer, and writing partial sums costs as much as reading the codes
+SHORTEST_SPLIT = 2  # tiles: fewer, and writing partial sums costs as much as reading the codes
+OLDEST_MAJOR = 8  # compute capability: older tensor cores do not multiply 16 x 32 int8
 
 
 @dataclass(frozen=True)
@@ -61,17 +69,33 @@ class Device:
 
 @cache
 def describe(device: torch.device) -> Device:
-    """The GPU `device`; a small one for tensors of the interpreter."""
+    """The GPU `device`; a small one for tensors of the interpreter.
+
+    Raises:
+        PCDVQError: the kernels do not run on it.
+    """
     if device.type == "cpu":
         return Device("interpreter", "cpu", 1)
     found = torch.cuda.get_device_properties(device)
     hip = getattr(found, "gcnArchName", "").split(":")[0]
-    return Device(found.name, hip or f"sm_{found.major}{found.minor}", found.multi_processor_count)
+    name = hip or f"sm_{found.major}{found.minor}"
+    if not hip and found.major < OLDEST_MAJOR:
+        raise PCDVQError(
+            f"{found.name} is {name}; the kernels need sm_{OLDEST_MAJOR}0 or newer. Use such a "
+            "GPU, or set PCDVQ_BACKEND=torch for slow torch code."
+        )
+    return Device(found.name, name, found.multi_processor_count)
 
 
-def register_limit() -> dict[str, int]:
-    """Launch options that limit a kernel to `MOST_REGISTERS`; only NVIDIA's assembler takes one."""
-    return {"maxnreg": MOST_REGISTERS} if INSTRUCTIONS else {}
+def on_its_device(run: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[Tensor, P], T]:
+    """`run`, which launches kernels, with its first argument's GPU as the current one."""
+
+    @wraps(run)
+    def launch(x: Tensor, /, *args: P.args, **options: P.kwargs) -> T:
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            return run(x, *args, **options)
+
+    return launch
 
 
 def m_tile_for(tokens: int, device: Device) -> int:
@@ -99,7 +123,7 @@ def linear_config(
 
 
 def tuning_key(m_tile: int, rows: int, columns: int, fmt: Format) -> str:
-    codec = f"{fmt.vector_dim}:{fmt.lane_words}:{fmt.state_bits}"
+    codec = f"{fmt.code_bits}:{fmt.chain_rows}"
     return f"M{m_tile} N{rows} K{columns} {codec}"
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcdvq_kernels.triton.tuning import DEFAULT_WARPS, WARPS_PER_PROCESSOR, describe
+from pcdvq_kernels.triton.tuning import DEFAULT_WARPS, WARPS_PER_PROCESSOR, describe, on_its_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,6 +102,7 @@ def vptq_kernel(
     tl.store(out + tokens.to(tl.int64)[None, :] * N + rows[:, None], acc, mask=inside)
 
 
+@on_its_device
 def linear(
     x: Tensor,
     columns: Tensor,

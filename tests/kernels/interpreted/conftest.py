@@ -1,5 +1,7 @@
 """Triton's interpreter with checks: every access inside a tensor, no two programs at odds.
 
+Kernels are run as for NVIDIA GPUs, whose single instructions are emulated.
+
 These checks run in a process of their own (`test_triton_interpreter.py`), because TRITON_INTERPRET
 must be set before triton is imported and makes it unable to compile.
 """
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from pcdvq_kernels.triton import dequantize, linear, moe
 from triton.runtime import interpreter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -119,6 +122,44 @@ def _rounded_bfloat16(monkeypatch):
         return interpreter.TensorHandle(_round_to_bfloat16(source.data), tl.bfloat16)
 
     monkeypatch.setattr(builder, "create_fp_trunc", rounded)
+
+
+def _prmt(low: np.ndarray, high: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    found = np.zeros_like(low)
+    for place in range(4):
+        digit = selector >> np.uint32(4 * place) & np.uint32(15)
+        assert (digit < 8).all(), "signs of bytes are not emulated"
+        byte = np.where(digit < 4, low, high) >> (digit % 4 * 8)
+        found |= (byte & np.uint32(255)) << np.uint32(8 * place)
+    return found
+
+
+def _dp4a(left: np.ndarray, right: np.ndarray, addend: np.ndarray) -> np.ndarray:
+    for shift in np.arange(0, 32, 8, dtype=np.uint32):
+        addend = addend + (left >> shift & np.uint32(255)) * (right >> shift & np.uint32(255))
+    return addend
+
+
+INSTRUCTIONS = {"prmt.b32": _prmt, "dp4a.u32.u32": _dp4a}
+
+
+class Results(list):
+    """What an instruction returns, as the compiler's builder hands it out."""
+
+    get_result = list.__getitem__
+
+
+@pytest.fixture(autouse=True)
+def _instructions(monkeypatch):
+    def emulated(self, assembly, constraints, values, types, *options):
+        run = INSTRUCTIONS[assembly.split()[0]]
+        found = run(*(value.data for value in values))
+        assert all(value.dtype.scalar == tl.uint32 for value in values)
+        return Results([interpreter.TensorHandle(found, tl.uint32)])
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", emulated)
+    for module in (dequantize, linear, moe):
+        monkeypatch.setattr(module, "INSTRUCTIONS", True)
 
 
 @pytest.fixture(autouse=True)

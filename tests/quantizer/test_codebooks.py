@@ -8,8 +8,8 @@ import torch
 from pcdvq_kernels.codebook import MAX_LEVEL
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.packing import pack_codes, unpack_codes
-from pcdvq_quantizer import codebooks
 from pcdvq_kernels.trellis import CHAIN_ROWS
+from pcdvq_quantizer import codebooks
 from pcdvq_quantizer.codebooks import OFFERED, NamedCodebook, get_codebook
 
 RATES = [(codec, bits) for codec, rates in OFFERED.items() for bits in rates]

@@ -38,6 +38,8 @@ UNSPLIT = frozenset(
         *("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate"),
     )
 )
+# vLLM makes vocabularies a multiple of this before it splits them.
+VOCABULARY_MULTIPLE = 64
 # Of the mixer of Mamba 1, whose linear layers vLLM never quantizes.
 MAMBA1 = ("x_proj", "dt_proj")
 

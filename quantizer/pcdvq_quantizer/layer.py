@@ -96,13 +96,14 @@ class ErrorSum:
         group = self._group or rotated.shape[1]
         w, q = rotated.view(-1, group), decoded.view(-1, group)
         lengths = w.norm(dim=1), q.norm(dim=1)
-        direction = 2 * (lengths[0] * lengths[1] - (w * q).sum(1)).sum()
         magnitude = (lengths[0] - lengths[1]).square().sum()
+        # Not from the angle, where rounding would hide small errors of long vectors.
+        direction = ((w - q).square().sum() - magnitude).clamp_min(0.0)
         self.sums += torch.stack([direction, magnitude, w.square().sum()]).double()
 
     def total(self, output: float | None = None) -> LayerError:
         direction, magnitude, energy = self.sums.tolist()
-        error = max(direction + magnitude, 0.0)
+        error = direction + magnitude
         return LayerError(relative(error, energy), direction / error if error else 0.0, output)
 
 

@@ -24,7 +24,7 @@ from pcdvq_quantizer.calibration.parallel import Processes
 from pcdvq_quantizer.calibration.stage import quantize_stage
 from pcdvq_quantizer.calibration.statistics import InputStatistics
 from pcdvq_quantizer.codebooks import NamedCodebook, get_codebook, offered_rates
-from pcdvq_quantizer.embeddings import UNQUANTIZED_BITS, get_embedding_codebook
+from pcdvq_quantizer.embeddings import UNQUANTIZED_BITS, get_embedding_codebooks
 from pcdvq_quantizer.layer import (
     QuantizedLayer,
     QuantizedLinear,
@@ -259,7 +259,7 @@ class PCDVQPlan(Plan):
 
     Attributes:
         codebooks: codebook of each layer.
-        chain_rows: rows of the chains of each layer.
+        chain_rows: of the linear layers, rows of their chains; 0 where the codec has none.
     """
 
     options: QuantizeOptions
@@ -330,9 +330,16 @@ class PCDVQPlan(Plan):
         processes: Processes,
         goal: StageObjective | None = None,
     ) -> tuple[Sequence[QuantizedLinear], list[Tensor]]:
-        codebook, rotation = self.codebooks[names[0]], self._rotation(weights[0].shape[1])
-        outputs = goal.outputs if goal else None
-        return quantize_stage(weights, statistics, codebook, *rotation, processes, outputs)
+        rotation = self._rotation(weights[0].shape[1])
+        made: dict[str, tuple[QuantizedLinear, Tensor]] = {}
+        # Layers that are not served as one may have chains of other lengths.
+        for codebook in dict.fromkeys(self.codebooks[name] for name in names):
+            mine = [i for i, name in enumerate(names) if self.codebooks[name] == codebook]
+            outputs = [goal.outputs[i] for i in mine] if goal and goal.outputs else None
+            parts = [weights[i] for i in mine]
+            results = quantize_stage(parts, statistics, codebook, *rotation, processes, outputs)
+            made |= zip([names[i] for i in mine], zip(*results, strict=True), strict=True)
+        return [made[name][0] for name in names], [made[name][1] for name in names]
 
     def dequantize(self, name: str, layer: QuantizedLinear) -> Tensor:
         """What `layer`, which `quantize` made of `name`, decodes to: fp32 [N, K]."""
@@ -369,17 +376,18 @@ def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
         spec=least.codebook.spec,
         max_tp=options.max_tp,
     )
-    rows = {name: source.shapes[f"{name}.weight"][0] for name in selection.layers}
     heads = Heads.of(source.config)
-    chain_rows = choose_chain_rows(rows, least.codebook.spec, heads, options.max_tp)
+    linears, vectors = (
+        {name: source.shapes[f"{name}.weight"][0] for name in names}
+        for names in (selection.linears, selection.stored_embeddings)
+    )
+    chain_rows = choose_chain_rows(linears, least.codebook.spec, heads, options.max_tp)
     plan = PCDVQPlan(source, options, selection, {}, chain_rows)
     rate = offered_rates(options.codec)[0] if options.is_mixed else options.bits
-    codebooks = {name: plan.codebook(name, rate) for name in selection.layers}
-    for name in selection.stored_embeddings:
-        book = get_embedding_codebook(options.embedding_bits, chain_rows[name], options.search)
-        if book is not None:
-            codebooks[name] = book
-    return replace(plan, codebooks=codebooks)
+    codebooks = {name: plan.codebook(name, rate) for name in linears} | get_embedding_codebooks(
+        vectors, options.embedding_bits, options.search, heads, options.max_tp
+    )
+    return replace(plan, codebooks={name: codebooks[name] for name in selection.layers})
 
 
 def text_identity(calibration: str) -> dict[str, str | None]:

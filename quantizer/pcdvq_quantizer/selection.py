@@ -141,6 +141,7 @@ def select_layers(
     }
     renamed = names_in_model(model, matrices.values())
     unwanted = _matching(skip, [*matrices, *sorted(linears.difference(matrices))], source.name)
+    row_multiple = spec.row_multiple if spec else 1
     layers, skipped = [], {}
     for name, tensor in matrices.items():
         if name in unwanted:
@@ -149,7 +150,7 @@ def select_layers(
             loaded = renamed[tensor].removesuffix(".weight")
             reason = None if name in roles else _other_kind(name, loaded, modules)
             reason = reason or _unsuitable(source.shapes[tensor])
-            reason = reason or reordered(source.config, name, method)
+            reason = reason or reordered(source.config, name, method, row_multiple)
         if reason:
             skipped[name] = reason
         else:

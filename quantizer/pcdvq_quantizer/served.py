@@ -11,6 +11,8 @@ from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.serving import HALVES, MAMBA1, MERGED, UNSPLIT, check_split, misfit_rows
 from pcdvq_kernels.trellis import CHAIN_ROWS
 
+from pcdvq_quantizer.experts import experts_of
+
 KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "wk", "wv", "k", "v")
 # Of which vLLM moves whole heads while it loads them (`pcdvq_kernels.row_orders`).
 MOVED_BY_HEADS = frozenset(("query_key_value",))
@@ -105,7 +107,9 @@ def find_unserved(
 def choose_chain_rows(
     layers: dict[str, int], spec: CodebookSpec, heads: Heads, tp: int
 ) -> dict[str, int]:
-    """The longest chains of each layer that can be served; layers served as one have the same.
+    """The longest chains of each layer that can be served.
+
+    Layers served as one have the same, and all experts of a decoder layer.
 
     Args:
         layers: rows of those to quantize, all of which can be served with the shortest chains.
@@ -134,7 +138,11 @@ def choose_chain_rows(
             )
             for name in group:
                 chosen[parent + name] = min(chosen[parent + name], longest)
-    return chosen
+    shortest: dict[str | None, int] = {}
+    for name, length in chosen.items():
+        whole = experts_of(name)
+        shortest[whole] = min(length, shortest.get(whole, length))
+    return {n: shortest[experts_of(n)] if experts_of(n) else chosen[n] for n in chosen}
 
 
 def _with_chains(spec: CodebookSpec, chain_rows: int) -> CodebookSpec:
@@ -166,7 +174,7 @@ def _cut_segments(
             continue  # nor could vLLM split it unquantized
         rows = misfit_rows(spec, [part.rows // part.ranks(size) for part in parts], size)
         if rows is not None:
-            at, remedy = "", "--codec e8"
+            at, remedy = "", "--codec pvq"
             if size > 1:
                 at = f" at tensor-parallel size {size}"
                 remedy += f", or a --max-tp below {size},"

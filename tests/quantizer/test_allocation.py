@@ -22,15 +22,17 @@ from pcdvq_quantizer.sources import open_source
 from transformers import AutoModelForCausalLM
 
 TEXT = "a calibration text that is long enough for some windows; " * 60
-OPTIONS = QuantizeOptions(bits=3.0, samples=4, sequence_length=64)
+OPTIONS = QuantizeOptions(bits=3.0, samples=4, sequence_length=64, effort="quick")
 
 
 def unit(name: str, weights: int, sensitivity: float) -> Unit:
-    rates = (2.0, 2.25, 3.0, 4.0)
+    rates = (2.0, 2.5, 3.0, 4.0)
     return Unit(
         (name,),
         tuple(int(rate * weights) for rate in rates),
-        tuple(sensitivity * get_codebook("signed", rate).distortion for rate in rates),
+        tuple(
+            sensitivity * get_codebook("trellis", rate, effort="quick").distortion for rate in rates
+        ),
     )
 
 
@@ -136,6 +138,6 @@ def test_interrupted_choice_of_rates_is_kept(
 
 
 def test_budget_below_the_lowest_rate(model: Path, text: Path, tmp_path: Path) -> None:
-    options = replace(OPTIONS, bits=2.01, calibration=str(text))
+    options = replace(OPTIONS, bits=1.51, calibration=str(text))
     with pytest.raises(PCDVQError, match="raise --bits"):
         quantize_model(make_plan(str(model), options), tmp_path / "out")

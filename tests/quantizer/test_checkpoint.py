@@ -31,12 +31,11 @@ LAYER = "model.layers.0.mlp.up_proj"
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of codec e8, whose codes have two fields, with embeddings of codec trellis."""
     directory = tmp_path_factory.mktemp("checkpoint")
     source = save_model(directory / "model", tiny_config())
-    quantize_model(
-        make_plan(str(source), QuantizeOptions(bits=2.25, codec="signed", calibration="none")),
-        directory / "quantized",
-    )
+    options = QuantizeOptions(bits=2.0, codec="e8", embedding_bits=4, calibration="none")
+    quantize_model(make_plan(str(source), options), directory / "quantized")
     return directory / "quantized"
 
 
@@ -64,7 +63,7 @@ def change_config(directory: Path, change: Callable[[dict], None]) -> None:
 
 
 def test_pristine_opens(copy: Path) -> None:
-    assert len(open_checkpoint(copy).layers) == 14
+    assert len(open_checkpoint(copy).layers) == 14 + 2
 
 
 @pytest.mark.parametrize("index", [False, True])
@@ -120,8 +119,8 @@ def test_name_twice_in_a_header(tmp_path: Path) -> None:
 
 
 def test_embedding_that_is_no_layer(copy: Path) -> None:
-    change_config(copy, lambda config: config.update(embedding="model.embed_tokens"))
-    with pytest.raises(CheckpointError, match=r"model\.embed_tokens is not among the layers"):
+    change_config(copy, lambda config: config.update(embedding="model.norm"))
+    with pytest.raises(CheckpointError, match=r"model\.norm is not among the layers"):
         open_checkpoint(copy)
 
 
@@ -142,8 +141,10 @@ def test_dense_weight_beside_the_codes(copy: Path) -> None:
     ("tensor", "value", "message"),
     [
         (f"{LAYER}.qweight", torch.zeros(192, 17, dtype=torch.uint8), r"\[192, 17\], expected"),
-        (f"{LAYER}.qweight", torch.zeros(192, 18, dtype=torch.int8), "is I8"),
-        (f"{LAYER}.row_scale", torch.zeros(191, dtype=torch.bfloat16), r"expected \[191, 18\]"),
+        (f"{LAYER}.qweight", torch.zeros(192, 16, dtype=torch.int8), "is I8"),
+        (f"{LAYER}.row_scale", torch.zeros(191, dtype=torch.bfloat16), r"expected \[191, 16\]"),
+        ("lm_head.row_scale", torch.zeros(191, dtype=torch.bfloat16), r"expected \[192, 32\]"),
+        ("lm_head.row_scale", torch.zeros(257, dtype=torch.bfloat16), r"expected \[320, 32\]"),
         (f"{LAYER}.row_scale", torch.zeros(192), "is F32, the format asks for BF16"),
         (f"{LAYER}.row_scale", torch.zeros(192, 1, dtype=torch.bfloat16), r"\[192, 1\]"),
         (f"{LAYER}.signs_in", torch.zeros(7, dtype=torch.uint8), "input size 56"),
@@ -173,16 +174,24 @@ def test_truncated_or_missing_file(copy: Path, file: str, keep: float | None) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: config.update(format_version=2), "format_version is 2"),
+        (lambda config: config.update(format_version=3), "format_version is 3"),
         (lambda config: config.update(format_version="1"), "format_version is '1'"),
         (lambda config: config.update(quant_method="gptq"), "not a PCDVQ checkpoint"),
         (lambda config: config.update(colour="red"), "colour"),
-        (lambda config: config["codebooks"]["signed-2.25"].update(codec="qtip"), "codec"),
-        (lambda config: config["codebooks"]["signed-2.25"].update(pattern_bits=40), "pattern_bits"),
-        (lambda config: config["codebooks"]["signed-2.25"].update(magnitude_bits=2), "directions|"),
-        (lambda config: config["layers"].update({LAYER: "signed-3"}), "unknown codebook"),
+        (lambda config: config["codebooks"]["e8-2"].update(codec="qtip"), "codec"),
+        (lambda config: config["codebooks"]["e8-2"].update(pattern_bits=40), "pattern_bits"),
+        (lambda config: config["codebooks"]["e8-2"].update(magnitude_bits=1), "damaged"),
+        (
+            lambda config: config["codebooks"]["e8-2"].update(magnitude_bits=1, pattern_bits=15),
+            "codebook directions",
+        ),
+        (lambda config: config["codebooks"]["e8-2"].update(chain_rows=16), "e8 with chain_rows 16"),
+        (lambda config: config["codebooks"]["trellis-4"].update(chain_rows=48), "chain_rows"),
+        (lambda config: config["codebooks"]["trellis-4"].pop("chain_rows"), "with chain_rows 0"),
+        (lambda config: config["codebooks"]["trellis-4"].update(pattern_bits=9), "3 to 8 pattern_"),
+        (lambda config: config["layers"].update({LAYER: "trellis-3"}), "unknown codebook"),
         (lambda config: config["layers"].pop(LAYER), "does not list"),
-        (lambda config: config["layers"].update({"model.other": "signed-2.25"}), "model.other"),
+        (lambda config: config["layers"].update({"model.other": "e8-2"}), "model.other"),
         (lambda config: config.update(layers={}), "layers"),
         (lambda config: config["hadamard_blocks"].update({"64": 48}), "power of two"),
         (lambda config: config["hadamard_blocks"].update({"64": 128}), "divides 64"),
@@ -200,7 +209,7 @@ def test_bad_configuration(copy: Path, change: Callable[[dict], None], message: 
 
 def test_codebook_out_of_limits(copy: Path) -> None:
     tables = load_file(copy / CODEBOOK_FILE)
-    tables["signed-2.25.magnitudes"] = torch.tensor([0, 7], dtype=torch.uint8)
+    tables["e8-2.magnitudes"] = torch.tensor([0, 3, 5, 7], dtype=torch.uint8)
     save_file(tables, copy / CODEBOOK_FILE)
     with pytest.raises(CheckpointError, match="magnitudes"):
         open_checkpoint(copy)

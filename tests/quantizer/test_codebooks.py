@@ -8,24 +8,20 @@ import torch
 from pcdvq_kernels.codebook import MAX_LEVEL
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.packing import pack_codes, unpack_codes
+from pcdvq_kernels.trellis import CHAIN_ROWS
 from pcdvq_quantizer import codebooks
-from pcdvq_quantizer.codebooks import OFFERED, get_codebook
+from pcdvq_quantizer.codebooks import OFFERED, NamedCodebook, get_codebook
 
 RATES = [(codec, bits) for codec, rates in OFFERED.items() for bits in rates]
 # Mean squared error per weight on N(0, 1) that the codecs were designed to; the rate-distortion
-# bounds are 0.0625, 0.0442, 0.0156, 0.0110 (at 3.25 bits) and 0.0039.
+# bound at R bits is 4^-R: 0.125, 0.0625, 0.0313, 0.0156, 0.0078 and 0.0039 at the rates of trellis.
 EXPECTED_ERROR = {
-    ("signed", 2.0): 0.0925,
-    ("signed", 2.25): 0.0647,
-    ("signed", 3.0): 0.0266,
-    ("signed", 4.0): 0.0074,
-    ("trellis", 2.0): 0.0800,
-    ("trellis", 2.25): 0.0570,
-    ("trellis", 3.0): 0.0214,
-    ("trellis", 4.0): 0.0060,
-    ("compact", 2.0): 0.0821,
-    ("compact", 3.0): 0.0224,
-    ("compact", 4.0): 0.00615,
+    ("trellis", 1.5): 0.1410,
+    ("trellis", 2.0): 0.0736,
+    ("trellis", 2.5): 0.0387,
+    ("trellis", 3.0): 0.0182,
+    ("trellis", 3.5): 0.00925,
+    ("trellis", 4.0): 0.00472,
     ("e8", 2.0): 0.0990,
     ("e8", 2.25): 0.0691,
     ("pvq", 2.0): 0.1003,
@@ -36,6 +32,9 @@ EXPECTED_ERROR = {
     ("int8", 8.0): 0.0000884,
 }
 TOLERANCE = 1.02
+QUICK = 1.7  # times as much, at most, by the quick search
+ROWS, WEIGHTS = 320, 1 << 16  # whole chains of any codec; a sample's error is within 1 %
+IDS = "trellis-2", "trellis-2-rows32", "trellis-2-rows16"
 # The E8 codebooks are generated: these bytes must come out on every machine.
 E8_SHA256 = {
     2.0: "68ccd39cd1f5d06cf66464f8b2af350efc00b1542966f858be260de1d6f059ba",
@@ -43,14 +42,30 @@ E8_SHA256 = {
 }
 
 
+def gaussian_error(named: NamedCodebook) -> float:
+    """Mean squared error of N(0, 1) weights."""
+    generator = torch.Generator().manual_seed(7)
+    dim = named.codebook.spec.vector_dim
+    x = torch.randn(ROWS, WEIGHTS // ROWS // 8 * 8 // dim, dim, generator=generator)
+    decoded = named.codebook.decode(named.encoder.encode(x * named.unit)).float() / named.unit
+    return (decoded - x).square().mean().item()
+
+
 @pytest.mark.parametrize(("codec", "bits"), RATES)
 def test_error_on_gaussian_weights(codec: str, bits: float) -> None:
-    named = get_codebook(codec, bits)
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(1000, 100, named.codebook.spec.vector_dim, generator=generator)
-    decoded = named.codebook.decode(named.encoder.encode(x * named.unit)).float() / named.unit
-    error = (decoded - x).square().mean().item()
-    assert error <= TOLERANCE * EXPECTED_ERROR[codec, bits]
+    assert gaussian_error(get_codebook(codec, bits)) <= TOLERANCE * EXPECTED_ERROR[codec, bits]
+
+
+@pytest.mark.parametrize("bits", OFFERED["trellis"])
+def test_error_of_the_quick_search(bits: float) -> None:
+    quick = gaussian_error(get_codebook("trellis", bits, effort="quick"))
+    assert quick <= QUICK * EXPECTED_ERROR["trellis", bits]
+
+
+@pytest.mark.parametrize("chain_rows", CHAIN_ROWS)
+def test_error_does_not_depend_on_the_shape_of_chains(chain_rows: int) -> None:
+    named = get_codebook("trellis", 2.5, chain_rows)
+    assert gaussian_error(named) <= TOLERANCE * EXPECTED_ERROR["trellis", 2.5]
 
 
 @pytest.mark.parametrize(("codec", "bits"), RATES)
@@ -58,7 +73,17 @@ def test_rate_is_what_it_says(codec: str, bits: float) -> None:
     spec = get_codebook(codec, bits).codebook.spec
     assert spec.bits == bits
     assert spec.codec == codec
-    assert (spec.magnitude_bits >= 1) == (spec.codec not in ("trellis", "compact", "pvq", "int8"))
+    assert (spec.magnitude_bits >= 1) == (spec.codec == "e8")
+
+
+@pytest.mark.parametrize(("chain_rows", "id"), list(zip(CHAIN_ROWS, IDS, strict=True)))
+def test_chains_of_each_length_have_an_id(chain_rows: int, id: str) -> None:
+    """However long the search for their codes."""
+    for effort in ("exhaustive", "quick"):
+        named = get_codebook("trellis", 2.0, chain_rows, effort)
+        assert named.id == id
+        assert named.codebook.spec.chain_rows == chain_rows
+        assert named.effort == effort
 
 
 @pytest.mark.parametrize(("codec", "bits"), RATES)
@@ -66,7 +91,7 @@ def test_encoding_a_codeword_finds_it(codec: str, bits: float) -> None:
     """Decode, encode, decode: codewords are their own nearest (or one as near)."""
     named = get_codebook(codec, bits)
     spec = named.codebook.spec
-    codes = torch.randint(0, 1 << spec.code_bits, (20, 100))
+    codes = torch.randint(0, 1 << spec.code_bits, (64, 40))
     if spec.codec == "e8":
         # Direction and length are chosen apart, so only the direction must come back.
         levels = named.codebook.decode(codes).float()
@@ -78,29 +103,33 @@ def test_encoding_a_codeword_finds_it(codec: str, bits: float) -> None:
         # A level that was cut is not its point's own.
         levels = levels[levels.abs().amax(-1) < MAX_LEVEL].unsqueeze(0)
     assert torch.equal(named.codebook.decode(named.encoder.encode(levels.float())), levels)
-    assert torch.equal(unpack_codes(pack_codes(codes, spec.code_bits), spec.code_bits, 100), codes)
+    assert torch.equal(unpack_codes(pack_codes(codes, spec.code_bits), spec.code_bits, 40), codes)
 
 
-def test_signed_encoder_beats_or_equals_any_single_flip() -> None:
-    """Codes are locally optimal: no other pattern and magnitude under the same signs is nearer."""
-    named = get_codebook("signed", 2.0)
+@pytest.mark.parametrize("bits", OFFERED["trellis"])
+def test_no_single_code_of_a_chain_can_be_better(bits: float) -> None:
+    """Codes are locally optimal: another one in the place of any of them is not nearer."""
+    named = get_codebook("trellis", bits)
     spec = named.codebook.spec
-    x = torch.randn(64, 1, 8, generator=torch.Generator().manual_seed(3)) * named.unit
-    codes = named.encoder.encode(x)
-    fields = torch.arange(1 << (spec.pattern_bits + spec.magnitude_bits)) << spec.sign_bits
-    others = (codes & ((1 << spec.sign_bits) - 1)) | fields  # [64, fields]
-    distance = (named.codebook.decode(others).float() - x).square().sum(-1)
-    chosen = (named.codebook.decode(codes).float() - x).square().sum(-1)
-    torch.testing.assert_close(chosen, distance.min(1, keepdim=True).values)
+    x = torch.randn(spec.chain_rows, 1, 2, generator=torch.Generator().manual_seed(3)) * named.unit
+    codes = named.encoder.encode(x)  # one chain
+    size = 1 << spec.code_bits
+    others = codes.T.repeat(spec.chain_rows * size, 1)  # chain by chain
+    step = torch.arange(spec.chain_rows).repeat_interleave(size)
+    others[torch.arange(len(others)), step] = torch.arange(size).repeat(spec.chain_rows)
+
+    def distance(chains: torch.Tensor) -> torch.Tensor:
+        levels = named.codebook.decode(chains.reshape(-1, 1)).float()
+        return (levels.view(-1, *x.shape) - x).square().sum((1, 2, 3))
+
+    torch.testing.assert_close(distance(codes.T)[0], distance(others).min())
 
 
-STATES = [(codec, bits) for codec in ("trellis", "compact") for bits in OFFERED[codec]]
-
-
-@pytest.mark.parametrize(("codec", "bits"), STATES)
-def test_row_weights_move_the_error(codec: str, bits: float) -> None:
+@pytest.mark.parametrize("effort", ["exhaustive", "quick"])
+@pytest.mark.parametrize("bits", OFFERED["trellis"])
+def test_row_weights_move_the_error(bits: float, effort: str) -> None:
     """Rows that cost more are stored better, and the weighted error is least with their weights."""
-    named = get_codebook(codec, bits)
+    named = get_codebook("trellis", bits, effort=effort)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(320, 10, named.codebook.spec.vector_dim, generator=generator) * named.unit
     weight = torch.where(torch.arange(320) % 4 == 0, 1.0, 0.05)
@@ -137,9 +166,10 @@ def test_e8_codebook_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("codec", "bits", "message"),
     [
-        ("signed", 5.0, "choose 2, 2.25, 3, 4"),
+        ("trellis", 5.0, "choose 1.5, 2, 2.5, 3, 3.5, 4"),
+        ("trellis", 2.25, "2.5, 3, 3.5, 4, or codec e8, or codec pvq"),
         ("e8", 3.0, "choose 2, 2.25"),
-        ("signed", 8.0, "choose 2, 2.25, 3, 4, or codec int8"),
+        ("pvq", 8.0, "choose 2, 2.25, 3, 3.25, 4, or codec int8"),
         ("qtip", 2.0, "qtip"),
     ],
 )

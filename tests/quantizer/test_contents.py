@@ -30,7 +30,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def quantize(model: Path, out: Path) -> None:
-    options = QuantizeOptions(bits=2.0, codec="signed", calibration="none")
+    options = QuantizeOptions(bits=2.0, calibration="none")
     quantize_model(make_plan(str(model), options), out, overwrite=True)
 
 

@@ -83,12 +83,13 @@ def test_a_model_suffers_more_from_directions(bits: int, tmp_path: Path) -> None
     assert divergence("direction") > 5 * divergence("magnitude")
 
 
-def test_error_is_split_exactly() -> None:
+@pytest.mark.parametrize("length", [DIM, 0], ids=["groups", "rows"])
+def test_error_is_split_exactly(length: int) -> None:
     """|w - q|^2 = 2 |w| |q| (1 - cos) + (|w| - |q|)^2, and the pure cases."""
     w = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
 
     def shares(q: Tensor) -> tuple[float, float]:
-        errors = ErrorSum(DIM)
+        errors = ErrorSum(length)
         errors.add(w, q)
         total = errors.total()
         assert total.weight == pytest.approx(

@@ -10,7 +10,7 @@ import torch
 from models import save_model, tiny_config
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.calibration.decoder import LayeredModel
-from pcdvq_quantizer.calibration.kronecker import BLOCK, RowFactor, kronecker_ldlq
+from pcdvq_quantizer.calibration.kronecker import RowFactor, kronecker_ldlq
 from pcdvq_quantizer.calibration.ldlq import cholesky_feedback, feedback_of, inverse_cholesky, ldlq
 from pcdvq_quantizer.calibration.objectives import fisher
 from pcdvq_quantizer.calibration.objectives.base import OutputFisher, Text
@@ -26,7 +26,9 @@ from pcdvq_quantizer.sources import open_source
 from transformers import AutoModelForCausalLM
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 200
-OPTIONS = QuantizeOptions(bits=2.0, samples=8, sequence_length=64, objective="fisher")
+OPTIONS = QuantizeOptions(
+    bits=2.0, samples=8, sequence_length=64, objective="fisher", effort="quick"
+)
 
 
 def covariance(size: int, seed: int) -> torch.Tensor:
@@ -41,10 +43,10 @@ def cost(error: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> floa
     return ((rows @ error @ columns) * error).sum().item()
 
 
-@pytest.fixture(scope="module")
-def rounding() -> tuple:
+@pytest.fixture(scope="module", params=[64, 16], ids=lambda rows: f"chains of {rows}")
+def rounding(request: pytest.FixtureRequest) -> tuple:
     """Weights of 300 rows, which two panels and no whole number of blocks hold; 192 columns."""
-    book = get_codebook("trellis", 3.0)
+    book = get_codebook("trellis", 2.5, request.param)
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(300, generator=generator) + 0.5
     weight = torch.randn(300, 192, generator=generator) * book.unit * scale.unsqueeze(1)
@@ -54,11 +56,12 @@ def rounding() -> tuple:
 def test_blocks_are_rounded_to_their_conditional_targets(rounding: tuple) -> None:
     """Against the definition: U^T E V is what rounding each block's target leaves."""
     book, weight, scale, rows, columns = rounding
-    dim = book.codebook.spec.vector_dim
-    feedback = cholesky_feedback(columns, dim)
-    factor = RowFactor.of(rows)
+    spec = book.codebook.spec
+    feedback = cholesky_feedback(columns, spec.strip_columns)
+    factor = RowFactor.of(rows, spec.row_multiple)
+    assert factor.block == spec.chain_rows
     codes, levels = kronecker_ldlq(weight, scale, feedback, factor, book.encoder)
-    assert torch.equal(book.codebook.decode(codes).flatten(1).float(), levels)
+    assert torch.equal(book.codebook.decode(codes)[:300].flatten(1).float(), levels)
     rounded = levels * scale.unsqueeze(1)
 
     def combine(matrix: torch.Tensor, block: int) -> torch.Tensor:
@@ -69,24 +72,26 @@ def test_blocks_are_rounded_to_their_conditional_targets(rounding: tuple) -> Non
         unit = torch.eye(len(matrix)).double()
         return torch.linalg.inv(unit + torch.where(later, changes, 0.0))
 
-    padded = torch.eye(304).double()
+    padded = torch.eye(len(codes)).double()
     padded[:300, :300] = rows
-    error = torch.zeros(304, 192).double()
+    error = torch.zeros(len(codes), 192).double()
     error[:300] = (weight - rounded).double()
-    residual = (combine(padded, BLOCK).T @ error @ combine(columns, dim))[:300]
+    along = combine(columns, spec.strip_columns)
+    residual = (combine(padded, factor.block).T @ error @ along)[:300]
     targets = rounded + residual.float()
-    x = (targets / scale.unsqueeze(1)).unflatten(1, (-1, dim)).contiguous()
+    x = (targets / scale.unsqueeze(1)).unflatten(1, (-1, spec.vector_dim)).contiguous()
     again = book.encoder.encode(x, scale.square() * factor.importance)
-    assert (again == codes).float().mean() > 0.99
+    assert (again == codes)[:300].float().mean() > 0.99
 
 
 def test_feedback_between_rows_lowers_the_cost(rounding: tuple) -> None:
     book, weight, scale, rows, columns = rounding
-    feedback = cholesky_feedback(columns, book.codebook.spec.vector_dim)
-    alone = RowFactor.of(torch.eye(300).double())
+    spec = book.codebook.spec
+    feedback = cholesky_feedback(columns, spec.strip_columns)
+    alone = RowFactor.of(torch.eye(300).double(), spec.row_multiple)
     results = [
         kronecker_ldlq(weight, scale, feedback, factor, book.encoder)
-        for factor in (RowFactor.of(rows), alone)
+        for factor in (RowFactor.of(rows, spec.row_multiple), alone)
     ]
     both, one = (cost(levels * scale[:, None] - weight, rows, columns) for _, levels in results)
     assert both < 0.7 * one

@@ -22,7 +22,7 @@ from pcdvq_quantizer.selection import hf_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-OPTIONS = QuantizeOptions(bits=3.0, codec="signed", calibration="none")
+OPTIONS = QuantizeOptions(bits=3.0, max_tp=1, calibration="none")
 SCALING = "rope.scaling."
 GEMMA: dict[str, Any] = {
     "attention.key_length": HEAD_DIM,

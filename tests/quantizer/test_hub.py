@@ -42,7 +42,7 @@ def hub() -> Iterator[Hub]:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("hub")
     source = save_model(directory / "tiny", tiny_config())
-    options = QuantizeOptions(bits=3.0, codec="signed", calibration="none", skip=("*.k_proj",))
+    options = QuantizeOptions(bits=3.0, calibration="none", skip=("*.k_proj",))
     return quantize_model(make_plan(str(source), options), directory / "out").directory
 
 
@@ -175,8 +175,8 @@ def test_card(checkpoint: Path, evaluation: Path) -> None:
         (checkpoint / REPORT_FILE).write_text(json.dumps(record))
     card = (checkpoint / "README.md").read_text()
     assert "pcdvq quantize tiny OUT --seed 0 --calibration none --samples 24" in card
-    rates = "--bits 3 --codec signed --embedding-bits 16 --max-tp 8 --objective hessian"
-    assert f"--skip '*.k_proj' {rates}\n" in card
+    rates = "--bits 3 --codec trellis --embedding-bits 16 --max-tp 8"
+    assert f"--skip '*.k_proj' {rates} --objective hessian --effort auto\n" in card
     finetune = "pcdvq finetune OUT OUT --calibration text.txt --reference tiny --tokens 4096"
     assert f"{finetune} --overwrite\n" in card
     assert "| out | last word | 42.5 % | 2.2 % | lambada.jsonl, 500 lines |" in card

@@ -24,7 +24,7 @@ from pcdvq_quantizer.sources import open_source
 from pcdvq_quantizer.writer import CheckpointWriter
 from safetensors.torch import load_file, save_file
 
-OPTIONS = QuantizeOptions(bits=3.0, codec="signed", calibration="none")
+OPTIONS = QuantizeOptions(bits=3.0, calibration="none")
 
 
 @pytest.fixture

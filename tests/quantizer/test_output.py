@@ -18,8 +18,8 @@ from pcdvq_quantizer.plan import QuantizeOptions, RunOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
 from pcdvq_quantizer.vptq.plan import VPTQOptions
 
-OPTIONS = QuantizeOptions(bits=3.0, codec="signed", calibration="none")
-OTHER = QuantizeOptions(bits=2.0, codec="signed", calibration="none")
+OPTIONS = QuantizeOptions(bits=3.0, calibration="none")
+OTHER = QuantizeOptions(bits=2.0, calibration="none")
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,10 @@ def test_killed_run_is_continued(place: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(type(make_plan(str(place / "model"), OTHER)), "quantize", None)
     quantize(place / "model", place / "old")
     checkpoint = open_checkpoint(place / "old")
-    assert {layer.codebook for layer in checkpoint.layers.values()} == {"signed-2"}
+    assert {layer.codebook for layer in checkpoint.layers.values()} == {
+        "trellis-2",
+        "trellis-2-rows16",
+    }
     assert {path.name for path in place.iterdir()} == {"model", "old"}
 
 

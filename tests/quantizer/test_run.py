@@ -26,7 +26,7 @@ from pcdvq_quantizer.vptq.plan import VPTQOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-OPTIONS = QuantizeOptions(bits=3.0, codec="signed", calibration="none")
+OPTIONS = QuantizeOptions(bits=3.0, calibration="none")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_checkpoint_holds_the_model(model: Path, tmp_path: Path) -> None:
             continue
         dense = reference.dequantize(
             *(stored[f"{layer}.{part}"] for part in ("qweight", "row_scale", "signs_in")),
-            checkpoint.codebooks["signed-3"],
+            checkpoint.codebooks[checkpoint.layers[layer].codebook],
             checkpoint.config.block(tensor.shape[1]),
         )
         assert (dense - tensor.float()).square().sum() < 0.04 * tensor.float().square().sum()
@@ -145,7 +145,7 @@ def test_killed_run_resumes_without_redoing_layers(model: Path, tmp_path: Path) 
         "import sys, time; from pathlib import Path; from pcdvq_quantizer import plan, run\n"
         "class Slow(run.Progress):\n"
         "    def advance(self, steps): time.sleep(0.3)\n"
-        "options = plan.QuantizeOptions(bits=3.0, codec='signed', calibration='none')\n"
+        "options = plan.QuantizeOptions(bits=3.0, calibration='none')\n"
         "run.quantize_model(plan.make_plan(sys.argv[1], options), Path(sys.argv[2]),"
         " progress=Slow())"
     )

@@ -19,7 +19,8 @@ from pcdvq_quantizer.vptq.plan import VPTQOptions
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-OPTIONS = QuantizeOptions(bits=3.0, codec="signed", calibration="none")
+MAMBA2 = {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16}
+OPTIONS = QuantizeOptions(bits=3.0, calibration="none")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_unsuitable_layers_are_left_and_reported(tmp_path: Path) -> None:
     config = tiny_config(intermediate_size=100)
     source = save_model(tmp_path / "odd", config)
-    plan = make_plan(str(source), OPTIONS)
+    plan = make_plan(str(source), replace(OPTIONS, codec="pvq"))
     assert "multiple of 8" in plan.selection.skipped["model.layers.0.mlp.down_proj"]
     assert "model.layers.0.mlp.up_proj" in plan.selection.layers
     checkpoint = quantize_model(plan, tmp_path / "out")
@@ -148,7 +149,7 @@ def test_experts_are_quantized_all_or_none(tmp_path: Path) -> None:
         ("granitemoe", {}, "block_sparse_moe.input_linear", "experts of this architecture"),
         ("granitemoe", {}, "block_sparse_moe.router.layer", "router"),
         ("gpt_neox", {}, "embed_out", "output head"),
-        ("mamba", {"num_hidden_layers": 2}, "mixer.conv1d", "not a linear layer"),
+        ("mamba2", MAMBA2, "mixer.conv1d", "not a linear layer"),
     ],
 )
 def test_reasons(

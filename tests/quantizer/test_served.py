@@ -16,7 +16,7 @@ from pcdvq_quantizer.served import Heads, find_unserved
 from pcdvq_quantizer.vptq.plan import VPTQOptions
 from typer.testing import CliRunner
 
-TRELLIS = QuantizeOptions(bits=3.0, codec="trellis", calibration=NONE)
+TRELLIS = QuantizeOptions(bits=3.0, calibration=NONE)
 ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
 
 
@@ -46,18 +46,58 @@ def test_the_rest_of_a_merged_layer_is_left_by_vptq(tmp_path: Path) -> None:
     assert made.split_limit() is None
 
 
-@pytest.mark.parametrize("codec", ["trellis", "compact"])
-def test_rows_that_a_codec_does_not_split(codec: str, tmp_path: Path) -> None:
-    """The last part of an unsplit layer may end anywhere, and so may a layer of one part."""
+def test_rows_that_a_codec_does_not_split(tmp_path: Path) -> None:
+    """A layer of one part may end anywhere."""
     config = tiny_config(intermediate_size=200)
-    model = plan(tmp_path, config, codec=codec)
+    model = plan(tmp_path, config)
     for name in ("gate_proj", "up_proj"):
         assert model.selection.skipped[f"{MLP}.{name}"] == (
-            f"a part of 200 rows, of which codec {codec} needs multiples of 16; --codec signed "
+            "a part of 200 rows, of which codec trellis needs multiples of 16; --codec pvq "
             "quantizes it"
         )
     assert f"{MLP}.down_proj" in model.selection.layers
-    assert len(plan(tmp_path, config, codec="signed").selection.layers) == 14
+    assert len(plan(tmp_path, config, codec="pvq").selection.layers) == 14
+
+
+@pytest.mark.parametrize(
+    ("max_tp", "chains"),
+    [
+        (1, {"q_proj": 32, "k_proj": 32, "o_proj": 64, "up_proj": 64, "down_proj": 64}),
+        (4, {"q_proj": 16, "v_proj": 16, "o_proj": 64, "gate_proj": 16, "down_proj": 64}),
+    ],
+)
+def test_chains_are_as_long_as_can_be_served(
+    max_tp: int, chains: dict[str, int], tmp_path: Path
+) -> None:
+    """Those of q are as short as k and v need, since the three are served as one."""
+    model = plan(tmp_path, tiny_config(), max_tp=max_tp)
+    found = {name.rpartition(".")[2]: book.codebook.spec for name, book in model.codebooks.items()}
+    assert {name: found[name].chain_rows for name in chains} == chains
+
+
+@pytest.mark.parametrize("codec", ["trellis", "pvq"])
+@pytest.mark.parametrize(
+    ("vocabulary", "max_tp", "rows"), [(257, 4, 16), (257, 2, 32), (257, 1, 64), (256, 4, 64)]
+)
+def test_chains_of_embeddings(
+    codec: str, vocabulary: int, max_tp: int, rows: int, tmp_path: Path
+) -> None:
+    """They decode by themselves on each rank; of 257 tokens vLLM makes 320."""
+    config = tiny_config(vocab_size=vocabulary)
+    model = plan(tmp_path, config, codec=codec, embedding_bits=4, max_tp=max_tp)
+    for name in ("model.embed_tokens", "lm_head"):
+        spec = model.codebooks[name].codebook.spec
+        assert (spec.codec, spec.bits, spec.chain_rows) == ("trellis", 4.0, rows)
+    assert model.codebooks[f"{MLP}.down_proj"].codebook.spec.codec == codec
+
+
+def test_experts_have_chains_of_one_length(tmp_path: Path) -> None:
+    """Although down, of 64 rows that no rank splits, could have longer ones."""
+    fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    model = plan(tmp_path, tiny_config("qwen3_moe", head_dim=16, **fields), max_tp=4)
+    experts = {book.id for name, book in model.codebooks.items() if ".experts." in name}
+    assert experts == {"trellis-3-rows16"}
+    assert model.codebooks[f"{ATTENTION}.o_proj"].id == "trellis-3"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +187,7 @@ def test_embedding_whose_head_has_a_bias(tmp_path: Path) -> None:
 
 def test_codecs_have_one_rule_at_all_rates() -> None:
     """A layer is chosen before its rate."""
-    for codec in ("signed", "trellis", "compact", "pvq"):
+    for codec in ("trellis", "pvq"):
         books = [get_codebook(codec, rate) for rate in offered_rates(codec)]
         assert len({book.codebook.spec.row_multiple for book in books}) == 1
 

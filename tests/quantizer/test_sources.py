@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-OPTIONS = QuantizeOptions(bits=3.0, codec="signed", calibration="none")
+OPTIONS = QuantizeOptions(bits=3.0, calibration="none")
 LINEAR = "model.layers.1.mlp.up_proj.weight"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 QWEN_EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"

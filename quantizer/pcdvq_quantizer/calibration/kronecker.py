@@ -143,11 +143,11 @@ class _Tile:
             scale = self._scale[first:end]
             x = (target / scale).view(-1, self._step // self._dim, self._dim)
             code, level = encoder.round(x, self._weight[first:end].reshape(-1))
-            level = level.view_as(target)
+            level = level.reshape(target.shape)
             wrong_in_row, wrong = mine - level * scale, target - level * scale
             self._y[first:end] -= wrong_in_row @ along[j]
             self._above[j] -= across[i].transpose(1, 2) @ wrong
-            self._codes[i, :, j] = code.view(len(i), rows, -1)
+            self._codes[i, :, j] = code.reshape(len(i), rows, -1)
             self._levels[i, :, j] = level
             self._wrong[i, :, j], self._wrong_in_row[i, :, j] = wrong, wrong_in_row
 

@@ -30,7 +30,7 @@ class OutputFisher:
 
     Attributes:
         blocks: [n_i, n_i], positive definite; the n_i add up to N, all but the last are equal and a
-            multiple of 16.
+            multiple of the rows of the longest chains.
     """
 
     blocks: list[Tensor]

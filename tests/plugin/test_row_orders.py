@@ -30,7 +30,7 @@ from pcdvq_kernels.vptq import layout as vptq
 from pcdvq_kernels.vptq.reference import dequantize
 from pcdvq_quantizer.plan import NONE, QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
-from random_checkpoint import SIGNED, TRELLIS
+from random_checkpoint import E8, SHORT_CHAINS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, PreTrainedConfig
 from vllm.config import VllmConfig
@@ -174,7 +174,7 @@ def test_models(name: str, engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     config = tiny_config(**{**fields, "pad_token_id": 0, **MODELS[name]})
     source = save_model(tmp_path / "model", config)
     plan = make_plan(str(source), QuantizeOptions(bits=3.0, calibration=NONE))
-    assert any(book.codebook.spec.state_bits for book in plan.distinct_codebooks)
+    assert any(book.codebook.spec.chain_rows for book in plan.distinct_codebooks)
     left = [reason for reason in plan.selection.skipped.values() if "reorders its rows" in reason]
     assert bool(left) == (name == "bloom")
     packed = quantize_model(plan, tmp_path / "packed").directory
@@ -221,7 +221,7 @@ def _qkv(config: object, prefix: str = "m.qkv_proj") -> LinearBase:
 
 
 @pytest.mark.parametrize("architecture", HALVES)
-@pytest.mark.parametrize("spec", [SIGNED, TRELLIS], ids=lambda spec: spec.codec)
+@pytest.mark.parametrize("spec", [E8, SHORT_CHAINS], ids=lambda spec: spec.codec)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_llama4_ranks(
     size: int, spec: CodebookSpec, architecture: str, vllm_config: VllmConfig

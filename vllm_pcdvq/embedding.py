@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from pcdvq_kernels.errors import CheckpointError
 from torch import Tensor
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -51,13 +52,30 @@ def _tie(head: ParallelLMHead, embed_tokens: VocabParallelEmbedding) -> VocabPar
 class PCDVQEmbeddingMethod(PCDVQLinearMethod):
     """A vector per token, as the rows of a quantized layer.
 
-    N is the number of vectors on this tensor-parallel rank, padding included, and K the length of
-    a vector, which is never split. Padding has row scale 0. The parameters are those of
-    `PCDVQLinearMethod`, and there is an empty buffer `weight`, from which LoRA takes dtype and
-    device.
+    vLLM splits a vocabulary, padded to 64, at any row. So a rank has the vectors that are its own,
+    padding included, and before them `lead` others, with which the chain of the first one starts.
+    N counts all of these; K is the length of a vector, which is never split. Padding has row scale
+    0. The parameters are those of `PCDVQLinearMethod`, and there is an empty buffer `weight`, from
+    which LoRA takes dtype and device.
     """
 
     kind = "embeddings"
+
+    def create_weights(
+        self,
+        layer: VocabParallelEmbedding,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Add the parameters to `layer`; see `PCDVQLinearMethod.create_weights`."""
+        self.lead = layer.shard_indices.padded_org_vocab_start_index % self.spec.row_multiple
+        rows = self.lead + sum(output_partition_sizes)  # a whole layer, as far as chains go
+        sizes = input_size_per_partition, [rows], input_size, rows
+        super().create_weights(layer, *sizes, params_dtype, **extra_weight_attrs)
 
     def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
         super().process_weights_after_loading(layer)
@@ -67,7 +85,7 @@ class PCDVQEmbeddingMethod(PCDVQLinearMethod):
     def embedding(self, layer: VocabParallelEmbedding, input_: Tensor) -> Tensor:
         """Vectors [..., K] of the ids `input_` [...] in the model's dtype, a new tensor."""
         return torch.ops.pcdvq.embedding(
-            input_,
+            input_ + self.lead if self.lead else input_,
             layer.qweight,
             layer.row_scale,
             layer.signs_in,
@@ -75,6 +93,17 @@ class PCDVQEmbeddingMethod(PCDVQLinearMethod):
             self.layout_ints,
             self.params_dtype,
         )
+
+    def apply(self, layer: VocabParallelEmbedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits [..., N - lead] in x's dtype, from x [..., K]."""
+        if not self.lead:
+            return super().apply(layer, x, bias)
+        bias = None if bias is None else F.pad(bias, (self.lead, 0))
+        return super().apply(layer, x, bias)[..., self.lead :].contiguous()
+
+    def dequantize_weight(self, layer: VocabParallelEmbedding) -> Tensor:
+        """The dense vectors [N - lead, K] in the model's dtype."""
+        return super().dequantize_weight(layer)[self.lead :]
 
     def tie_weights(
         self, layer: ParallelLMHead, embed_tokens: VocabParallelEmbedding

@@ -114,17 +114,31 @@ def load_tensor(
         first = layer.tp_rank * columns if columns < loaded_weight.shape[0] else 0
         shard = loaded_weight.narrow(0, first, columns)
         param.data[slots] = shard
-    elif tensor == QWEIGHT and isinstance(layer, VocabParallelEmbedding):
-        # vLLM's loader knows no padding of chains after the vocabulary's last row.
-        first = layer.shard_indices.org_vocab_start_index
-        shard = loaded_weight[first : first + len(param)]
-        param.data[: len(shard)] = shard
-        param.data[len(shard) :] = 0
+    elif tensor != BIAS and isinstance(layer, VocabParallelEmbedding):
+        _load_vectors(layer, param, loaded_weight, state.row_multiple)
     else:
         load = state.load_bias if tensor == BIAS else state.load
         shard_args = () if loaded_shard_id is None else (loaded_shard_id,)
         load(param, loaded_weight, *shard_args)
     state.filled.setdefault(tensor, set()).update(slots)
+
+
+def _load_vectors(
+    layer: VocabParallelEmbedding, param: Parameter, loaded: Tensor, multiple: int
+) -> None:
+    """Load a rank's rows of qweight or row_scale [N, ...], which vLLM's loader would cut in chains.
+
+    They start where the chain of the first one does. Those of qweight end where that of the last
+    one does, as `loaded` does; what is beyond has no scale.
+    """
+    shard = layer.shard_indices
+    first = shard.padded_org_vocab_start_index // multiple * multiple
+    last = shard.padded_org_vocab_end_index
+    if param.dim() > 1:
+        last = -(-last // multiple) * multiple
+    rows = loaded[first:last]
+    param.data[: len(rows)] = rows
+    param.data[len(rows) :] = 0
 
 
 def _check(layer: PackedLayer, tensor: str, slots: list[int], loaded: Tensor) -> None:

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 from pcdvq_kernels.codebook import Codebook
 from pcdvq_kernels.config import CodebookSpec, PCDVQCheckpointConfig
-from random_checkpoint import SIGNED, PackedLayer, random_codebook, random_layer
+from random_checkpoint import TRELLIS, PackedLayer, random_codebook, random_layer
 from torch import Tensor
 from vllm.model_executor.layers.linear import LinearBase
 
@@ -42,24 +42,28 @@ def tensor_parallel(rank: int, size: int) -> Iterator[None]:
         yield
 
 
-def make_codebook(spec: CodebookSpec = SIGNED, seed: int = 1) -> Codebook:
+def make_codebook(spec: CodebookSpec = TRELLIS, seed: int = 1) -> Codebook:
     return random_codebook(spec, torch.Generator().manual_seed(seed))
 
 
 def make_config(
     layers: Sequence[str] | dict[str, str],
     blocks: dict[int, int],
-    codebook: Codebook,
+    codebook: Codebook | dict[str, Codebook],
     embedding: str | None = None,
 ) -> PCDVQConfig:
-    """A config as a worker gets it; a plain list of layers all use the codebook "a"."""
+    """A config as a worker gets it; a plain list of layers all use the codebook "a".
+
+    A single codebook is that of all ids.
+    """
     by_name = layers if isinstance(layers, dict) else dict.fromkeys(layers, "a")
-    ids = {"a", *by_name.values()}
+    ids = sorted({"a", *by_name.values()})
+    codebooks = codebook if isinstance(codebook, dict) else dict.fromkeys(ids, codebook)
     config = PCDVQConfig(
         PCDVQCheckpointConfig(
             quant_method="pcdvq",
-            format_version=1,
-            codebooks=dict.fromkeys(sorted(ids), codebook.spec),
+            format_version=2,
+            codebooks={id: book.spec for id, book in codebooks.items()},
             layers=by_name,
             hadamard_blocks={str(columns): block for columns, block in blocks.items()},
             max_tp=1,
@@ -68,13 +72,13 @@ def make_config(
             activations="float",  # as dense weights compute
         )
     )
-    config.codebooks = CodebookStore(dict.fromkeys(sorted(ids), codebook))
+    config.codebooks = CodebookStore(codebooks)
     config.packed_modules_mapping = PACKED_MODULES
     return config
 
 
 def make_parts(
-    rows: Sequence[int], columns: int, seed: int = 2, spec: CodebookSpec = SIGNED
+    rows: Sequence[int], columns: int, seed: int = 2, spec: CodebookSpec = TRELLIS
 ) -> list[PackedLayer]:
     """Layers of `rows` outputs each that share their input signs."""
     generator = torch.Generator().manual_seed(seed)

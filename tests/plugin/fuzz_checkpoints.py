@@ -23,9 +23,18 @@ from pcdvq_kernels import reference
 from pcdvq_kernels.checkpoint import REPORT_FILE, Checkpoint, open_checkpoint
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
+from pcdvq_kernels.trellis import CHAIN_ROWS, CODE_BITS
 from pcdvq_quantizer.inspection import inspect_checkpoint
 from pydantic import ValidationError
-from random_checkpoint import INT8, SIGNED_4, TRELLIS, tiny_llama, write_random_checkpoint
+from random_checkpoint import (
+    E8,
+    INT8,
+    SHORT_CHAINS,
+    TRELLIS,
+    tiny_llama,
+    trellis,
+    write_random_checkpoint,
+)
 from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
@@ -42,11 +51,12 @@ from vllm_pcdvq.config import PCDVQConfig
 
 CASE_SECONDS = 60
 MORE_BYTES = 2 << 30
-HIDDEN, INNER, HEAD, VOCAB = 64, 128, 16, 40
+HIDDEN, INNER, HEAD, VOCAB = 64, 128, 32, 40
 MODEL = tiny_llama(
     hidden_size=HIDDEN,
     intermediate_size=INNER,
     num_hidden_layers=1,
+    head_dim=HEAD,
     vocab_size=VOCAB,
     attention_bias=True,
 )
@@ -166,10 +176,10 @@ def fuzz_layouts(directory: Path, cases: int) -> Counter[str]:
     outcomes: Counter[str] = Counter()
 
     @_settings(cases)
-    @given(layouts().map(_spec).filter(lambda spec: spec is not None))
-    def run(spec: CodebookSpec) -> None:
+    @given(layouts(), st.integers(0, 2**32 - 1))
+    def run(spec: CodebookSpec, seed: int) -> None:
         Damaged(Files()).write(directory)
-        write_random_checkpoint(directory, MODEL, spec, embeddings=spec)
+        write_random_checkpoint(directory, MODEL, spec, embeddings=spec, seed=seed)
         (directory / REPORT_FILE).write_text("{}")
         outcomes[attempt(directory)] += 1
 
@@ -177,47 +187,43 @@ def fuzz_layouts(directory: Path, cases: int) -> Counter[str]:
     return outcomes
 
 
-def layouts() -> st.SearchStrategy[tuple]:
-    return st.one_of(fields(), windows(), pyramids())
+def layouts() -> st.SearchStrategy[CodebookSpec]:
+    chains = st.builds(trellis, st.sampled_from(CODE_BITS), st.sampled_from(CHAIN_ROWS))
+    return st.one_of(chains, existing(lattices()), existing(pyramids()))
 
 
-def fields() -> st.SearchStrategy[tuple]:
-    """Fields of the codecs whose codes have any, in the order of `CodebookSpec`."""
-    return st.tuples(
-        st.sampled_from(("signed", "e8", "trellis")),
-        st.sampled_from((2, 4, 8)),
-        *(st.booleans(), st.booleans()),
-        *(st.integers(1, 12), st.integers(0, 4), st.integers(0, 7)),
-        *(st.integers(0, 3), st.integers(0, 4)),
-        st.just(()),
+def existing(fields: st.SearchStrategy[dict[str, object]]) -> st.SearchStrategy[CodebookSpec]:
+    """Layouts of these fields where they fit together."""
+    return fields.map(_spec).filter(lambda spec: spec is not None)
+
+
+def lattices() -> st.SearchStrategy[dict[str, object]]:
+    """Fields of codec e8."""
+    return st.fixed_dictionaries(
+        {
+            **{"codec": st.just("e8"), "vector_dim": st.just(8)},
+            **{"pattern_bits": st.integers(1, 12), "magnitude_bits": st.integers(0, 4)},
+            "shift": st.integers(0, 7),
+        }
     )
 
 
-def windows() -> st.SearchStrategy[tuple]:
-    """Fields of codec compact, many of which fit together."""
-    sizes = st.one_of(
-        st.sampled_from(((8, 5), (12, 4), (16, 3))),
-        st.tuples(st.integers(7, 17), st.integers(1, 6)),
-    )
-    return st.tuples(sizes, st.integers(0, 7), st.booleans()).map(
-        lambda v: ("compact", 4, v[2], False, v[0][0], 0, v[1], 0, v[0][1], ())
-    )
-
-
-def pyramids() -> st.SearchStrategy[tuple]:
+def pyramids() -> st.SearchStrategy[dict[str, object]]:
     """Fields of codec pvq, many of which fit together."""
     few = st.lists(st.integers(1, 8), min_size=1, max_size=4)
     many = st.lists(st.integers(1, 16), min_size=1, max_size=12)
-    return st.tuples(
-        *(st.just("pvq"), st.just(8), st.just(False), st.just(False)),
-        *(st.integers(11, 33), st.just(0), st.integers(0, 7), st.just(0), st.just(0)),
-        st.one_of(few, many).map(tuple),
+    return st.fixed_dictionaries(
+        {
+            **{"codec": st.just("pvq"), "vector_dim": st.just(8)},
+            **{"pattern_bits": st.integers(11, 33), "shift": st.integers(0, 7)},
+            "pulses": st.one_of(few, many).map(tuple),
+        }
     )
 
 
-def _spec(fields: tuple) -> CodebookSpec | None:
+def _spec(fields: dict[str, object]) -> CodebookSpec | None:
     try:
-        return CodebookSpec(**dict(zip(CodebookSpec.model_fields, fields, strict=True)))
+        return CodebookSpec(**fields)
     except ValidationError:
         return None
 
@@ -234,9 +240,9 @@ def _settings(cases: int) -> settings:
 
 def make_bases(directory: Path) -> list[Files]:
     bases = []
-    for number, spec in enumerate((TRELLIS, SIGNED_4)):
+    for number, (spec, embeddings) in enumerate(((TRELLIS, INT8), (E8, SHORT_CHAINS))):
         path = directory / str(number)
-        write_random_checkpoint(path, MODEL, spec, embeddings=INT8)
+        write_random_checkpoint(path, MODEL, spec, embeddings=embeddings)
         errors = {f"{MLP}.down_proj": {"weight": 0.1, "direction": 0.5}}
         (path / REPORT_FILE).write_text(json.dumps({"model": "m", "errors": errors}))
         bases.append(read_files(path))

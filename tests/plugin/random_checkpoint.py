@@ -18,51 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-SIGNED = CodebookSpec(
-    codec="signed",
-    vector_dim=8,
-    signs=True,
-    parity=True,
-    pattern_bits=7,
-    magnitude_bits=1,
-    shift=0,
-)
-ODD_BITS = SIGNED.model_copy(update={"pattern_bits": 6, "magnitude_bits": 3})
-TRELLIS = SIGNED.model_copy(
-    update={
-        "codec": "trellis",
-        "pattern_bits": 8,
-        "magnitude_bits": 0,
-        "rotation_bits": 3,
-        "state_bits": 3,
-    }
-)
-INT8 = CodebookSpec(
-    codec="int8",
-    vector_dim=1,
-    pattern_bits=8,
-    magnitude_bits=0,
-    shift=0,
-)
-SIGNED_4 = CodebookSpec(
-    codec="signed",
-    vector_dim=4,
-    signs=True,
-    pattern_bits=10,
-    magnitude_bits=2,
-    shift=0,
-)
-E8 = CodebookSpec(
-    codec="e8",
-    vector_dim=8,
-    pattern_bits=10,
-    magnitude_bits=2,
-    shift=0,
-)
-PVQ = E8.model_copy(
-    update={"codec": "pvq", "pattern_bits": 26, "magnitude_bits": 0, "shift": 3, "pulses": (16, 13)}
-)
 
+def trellis(code_bits: int, chain_rows: int) -> CodebookSpec:
+    return CodebookSpec(
+        codec="trellis", vector_dim=2, pattern_bits=code_bits, chain_rows=chain_rows
+    )
+
+
+TRELLIS = trellis(4, 64)
+ODD_BITS = trellis(5, 32)
+SHORT_CHAINS = trellis(6, 16)
+TRELLIS_4 = trellis(8, 64)
+INT8 = CodebookSpec(codec="int8", vector_dim=1, pattern_bits=8)
+E8 = CodebookSpec(codec="e8", vector_dim=8, pattern_bits=10, magnitude_bits=2)
+PVQ = CodebookSpec(codec="pvq", vector_dim=8, pattern_bits=26, shift=3, pulses=(16, 13))
 
 NOT_QUANTIZED = ("lm_head", "shared_expert_gate")
 
@@ -85,8 +54,7 @@ class PackedLayer:
 def random_codebook(spec: CodebookSpec, generator: torch.Generator) -> Codebook:
     if spec.codec == "int8":
         return Codebook(spec, int8_directions(), torch.ones(1, dtype=torch.uint8))
-    low = 0 if spec.signs else -15
-    directions = torch.randint(low, 16, (spec.rows, spec.vector_dim), generator=generator)
+    directions = torch.randint(-15, 16, (spec.rows, spec.vector_dim), generator=generator)
     # A pyramid's levels are small numbers of pulses.
     low, high = (30, 60) if spec.pulses else (3, 9)
     magnitudes = torch.randint(low, high, (spec.magnitude_count,), generator=generator)
@@ -97,7 +65,7 @@ def random_layer(
     spec: CodebookSpec, rows: int, columns: int, generator: torch.Generator
 ) -> PackedLayer:
     """A layer whose outputs are about as large as its inputs."""
-    shape = rows, columns // spec.vector_dim
+    shape = spec.stored_rows(rows), columns // spec.vector_dim
     codes = torch.randint(0, 1 << spec.code_bits, shape, generator=generator)
     scale = (0.5 + torch.rand(rows, generator=generator)) / (50 * columns**0.5)
     return PackedLayer(
@@ -124,7 +92,7 @@ def tiny_llama(**changes: object) -> LlamaConfig:
 def write_random_checkpoint(
     path: Path,
     hf_config: PreTrainedConfig,
-    spec: CodebookSpec = SIGNED,
+    spec: CodebookSpec = TRELLIS,
     *,
     max_tp: int = 1,
     dtype: torch.dtype = torch.float32,
@@ -171,7 +139,7 @@ def write_random_checkpoint(
         layers.update(dict.fromkeys(roles.values(), "embeddings"))
     quantization = {
         "quant_method": "pcdvq",
-        "format_version": 1,
+        "format_version": 2,
         "codebooks": {id: book.spec.model_dump() for id, book in codebooks.items()},
         "layers": layers,
         "hadamard_blocks": blocks,

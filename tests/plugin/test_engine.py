@@ -27,9 +27,9 @@ from random_checkpoint import (
     INT8,
     ODD_BITS,
     PVQ,
-    SIGNED,
-    SIGNED_4,
+    SHORT_CHAINS,
     TRELLIS,
+    TRELLIS_4,
     add_random_adapter,
     tiny_llama,
     write_random_checkpoint,
@@ -179,7 +179,7 @@ def test_models(name: str, engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     check(generations, dense.dequantize())
 
 
-@pytest.mark.parametrize("embeddings", [INT8, SIGNED_4], ids=["8 bits", "4 bits"])
+@pytest.mark.parametrize("embeddings", [INT8, TRELLIS_4], ids=["8 bits", "4 bits"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config])
 def test_quantized_embeddings(
@@ -223,8 +223,8 @@ PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 @pytest.mark.parametrize(
     ("config", "spec", "arguments"),
     [
-        (MIXTRAL, SIGNED, PARALLEL),
-        (QWEN3_MOE, SIGNED, {**PARALLEL, "enable_expert_parallel": True}),
+        (MIXTRAL, TRELLIS, PARALLEL),
+        (QWEN3_MOE, SHORT_CHAINS, {**PARALLEL, "enable_expert_parallel": True}),
     ],
     ids=["mixtral, tensor parallel", "qwen3, expert parallel"],
 )
@@ -267,7 +267,7 @@ def test_pipeline_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
 
 def test_quantized_embeddings_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     config = tiny_llama(vocab_size=333)
-    model = write_random_checkpoint(tmp_path, config, max_tp=2, embeddings=SIGNED_4)
+    model = write_random_checkpoint(tmp_path, config, max_tp=2, embeddings=TRELLIS_4)
     generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **PARALLEL).result()
     check(generations, model)
 

@@ -10,7 +10,7 @@ from bare_layers import make_codebook, make_config
 from pcdvq_kernels.codebook import Codebook
 from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
-from random_checkpoint import SIGNED, TRELLIS, PackedLayer, random_layer
+from random_checkpoint import E8, SHORT_CHAINS, TRELLIS, PackedLayer, random_layer
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
@@ -121,7 +121,7 @@ RANKS = {
 }
 
 
-@pytest.mark.parametrize("spec", [SIGNED, TRELLIS], ids=["signed", "trellis"])
+@pytest.mark.parametrize("spec", [E8, TRELLIS, SHORT_CHAINS], ids=["e8", "trellis", "short chains"])
 @pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
 def test_ranks_add_up(
     ranks: list[FusedMoEParallelConfig], spec: CodebookSpec, vllm_config: object
@@ -145,7 +145,7 @@ def layer(vllm_config: object) -> RoutedExperts:
     "missing", ["0.gate_proj.qweight", "3.up_proj.row_scale", "4.down_proj.signs_in"]
 )
 def test_missing_tensor(missing: str, layer: RoutedExperts) -> None:
-    loaded = tensors(random_experts(SIGNED))
+    loaded = tensors(random_experts(TRELLIS))
     del loaded[missing]
     with pytest.raises(CheckpointError, match=f"tensor {NAME}.{missing} is missing"):
         load(layer, loaded)
@@ -168,7 +168,7 @@ def test_missing_tensor(missing: str, layer: RoutedExperts) -> None:
 )
 def test_bad_tensor(name: str, value: Tensor, message: str, layer: RoutedExperts) -> None:
     with pytest.raises(CheckpointError, match=message):
-        load(layer, {**tensors(random_experts(SIGNED)), name: value})
+        load(layer, {**tensors(random_experts(TRELLIS)), name: value})
 
 
 def test_dummy_weights_and_reload(layer: RoutedExperts) -> None:

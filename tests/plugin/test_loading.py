@@ -82,7 +82,7 @@ def test_one_line_says_what_is_served(vllm_config, caplog: pytest.LogCaptureFixt
         assert len(caplog.messages) == lines
     gib = 2 * (64 * K * 2 / 8 + 4 * 64 + K / 8) / 2**30
     assert re.fullmatch(
-        r"PCDVQ: 2 linear layers \(signed, codes of 2\.000 bits per weight\); "
+        r"PCDVQ: 2 linear layers \(trellis, codes of 2\.000 bits per weight\); "
         rf"{gib:.3g} GiB packed, made ready in \d+\.\d s; kernels: cpu (scalar|avx2|avx512)",
         caplog.messages[0],
     )
@@ -136,6 +136,14 @@ NOT_THE_SHAPE = {
     "signs": ("signs_in", torch.cat([Q.signs_in, Q.signs_in])),
     "bias": ("bias", torch.zeros(ROWS[0] + 1)),
 }
+
+
+@pytest.mark.parametrize("rows", [99, 100, 112, 192])
+def test_wrong_padding_of_chains(rows: int, vllm_config) -> None:
+    config = make_config(["m.down"], BLOCK_256, make_codebook())
+    layer = RowParallelLinear(K, 100, bias=False, quant_config=config, prefix="m.down")
+    with pytest.raises(CheckpointError, match=rf"qweight is \[{rows}, 64\], expected \[128, 64\]"):
+        load(layer, "qweight", torch.zeros(rows, 64, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("name", NOT_BYTES)

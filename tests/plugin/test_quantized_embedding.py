@@ -14,7 +14,9 @@ from bare_layers import (
     make_parts,
     tensor_parallel,
 )
+from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import CheckpointError
+from random_checkpoint import E8, SHORT_CHAINS, TRELLIS_4
 from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -84,27 +86,39 @@ def test_head_tied_to_an_embedding_that_is_not_quantized(vllm_config) -> None:
     assert head.tie_weights(embedding).weight is embedding.weight
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_shards(size: int, vllm_config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every id is some rank's, and the logits of the ranks lie side by side."""
+@pytest.mark.parametrize("spec", [TRELLIS_4, SHORT_CHAINS, E8], ids=["64", "16", "no chains"])
+@pytest.mark.parametrize("vocabulary", [333, 300, 10])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_shards(
+    size: int, vocabulary: int, spec: CodebookSpec, vllm_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every id is some rank's, and the logits of the ranks lie side by side.
+
+    Ranks start anywhere in a chain, and some have nothing but padding.
+    """
     module = "vllm.model_executor.layers.vocab_parallel_embedding"
     monkeypatch.setattr(f"{module}.tensor_model_parallel_all_reduce", lambda x: x)
-    config, dense = _config(), _dense()
-    ids = torch.tensor([[0, VOCAB - 1, 7], [192, 191, 7]], dtype=torch.int32)
-    x = torch.randn(3, K)
-    vectors, logits = torch.zeros(2, 3, K), []
+    codebook = make_codebook(spec)
+    config = make_config([NAME], BLOCK_256, codebook, embedding=NAME)
+    (part,) = make_parts([vocabulary], K, spec=spec)
+    dense = part.dense(codebook, BLOCK_256[K])
+    ids = torch.arange(vocabulary - 1, -1, -1, dtype=torch.int32)
+    x, bias = torch.randn(3, K), torch.randn(vocabulary)
+    vectors, logits, weights = torch.zeros(vocabulary, K), [], []
     for rank in range(size):
         with tensor_parallel(rank, size):
-            layer = _embedding(config, NAME)
-            load_part(layer, PART)
+            layer = ParallelLMHead(vocabulary, K, bias=True, quant_config=config, prefix=NAME)
+            load_part(layer, part, bias=bias)
             finish(layer)
-            vectors += layer(ids)
-            logits.append(layer.quant_method.apply(layer, x))
+            vectors += VocabParallelEmbedding.forward(layer, ids)
+            logits.append(layer.quant_method.apply(layer, x, layer.bias))
+            weights.append(layer.quant_method.dequantize_weight(layer))
     torch.testing.assert_close(vectors, dense[ids.long()], **TOLERANCE)
     whole = torch.cat(logits, dim=-1)
-    assert whole.shape == (3, 384)
-    torch.testing.assert_close(whole[:, :VOCAB], x @ dense.T, **TOLERANCE)
-    assert not whole[:, VOCAB:].any()
+    assert whole.shape == (3, -(-vocabulary // 64) * 64)
+    torch.testing.assert_close(whole[:, :vocabulary], x @ dense.T + bias, **TOLERANCE)
+    assert not whole[:, vocabulary:].any()
+    torch.testing.assert_close(torch.cat(weights)[:vocabulary], dense, rtol=0, atol=0)
 
 
 def test_added_vocabulary(vllm_config) -> None:

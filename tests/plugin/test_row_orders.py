@@ -30,7 +30,7 @@ from pcdvq_kernels.vptq import layout as vptq
 from pcdvq_kernels.vptq.reference import dequantize
 from pcdvq_quantizer.plan import NONE, QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
-from random_checkpoint import SIGNED, TRELLIS
+from random_checkpoint import E8, ODD_BITS, SHORT_CHAINS, TRELLIS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, PreTrainedConfig
 from vllm.config import VllmConfig
@@ -174,7 +174,7 @@ def test_models(name: str, engine: ProcessPoolExecutor, tmp_path: Path) -> None:
     config = tiny_config(**{**fields, "pad_token_id": 0, **MODELS[name]})
     source = save_model(tmp_path / "model", config)
     plan = make_plan(str(source), QuantizeOptions(bits=3.0, calibration=NONE))
-    assert any(book.codebook.spec.state_bits for book in plan.distinct_codebooks)
+    assert any(book.codebook.spec.chain_rows for book in plan.distinct_codebooks)
     left = [reason for reason in plan.selection.skipped.values() if "reorders its rows" in reason]
     assert bool(left) == (name == "bloom")
     packed = quantize_model(plan, tmp_path / "packed").directory
@@ -221,7 +221,7 @@ def _qkv(config: object, prefix: str = "m.qkv_proj") -> LinearBase:
 
 
 @pytest.mark.parametrize("architecture", HALVES)
-@pytest.mark.parametrize("spec", [SIGNED, TRELLIS], ids=lambda spec: spec.codec)
+@pytest.mark.parametrize("spec", [E8, SHORT_CHAINS], ids=lambda spec: spec.codec)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_llama4_ranks(
     size: int, spec: CodebookSpec, architecture: str, vllm_config: VllmConfig
@@ -340,6 +340,23 @@ def test_falcon(fields: dict[str, object], packed: bool, vptq_too: bool) -> None
     assert reordered(config, "transformer.h.0.self_attention.dense") is None
 
 
+def test_falcon_of_longer_chains_than_heads() -> None:
+    """The quantizer asks for the shortest chains, a server for those of the checkpoint."""
+    config = FalconConfig(
+        architectures=["FalconForCausalLM"],
+        multi_query=False,
+        hidden_size=128,
+        num_attention_heads=4,
+    )
+    layer = "transformer.h.0.self_attention.query_key_value"
+    message = f"layer {layer} is quantized, and vLLM's FalconForCausalLM reorders its rows"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        make_config([layer], {K: 64}, make_codebook(TRELLIS)).maybe_update_config("model", config)
+    served = make_config([layer], {K: 64}, make_codebook(ODD_BITS))
+    with pytest.raises(CheckpointError, match="cannot fetch"):  # all else is well
+        served.maybe_update_config("model", config)
+
+
 @pytest.mark.parametrize("place", ["config", "text_config"])
 def test_classifier_from_rows_of_codes(place: str) -> None:
     fields = {"classifier_from_token": ["no", "yes"]}
@@ -356,7 +373,7 @@ def test_classifier_from_rows_of_codes(place: str) -> None:
 
 def test_mixer_with_fewer_groups_than_ranks(vllm_config: VllmConfig) -> None:
     """vLLM then builds the projection as a plain layer, and as a merged one otherwise."""
-    config = make_config(["m.in_proj"], {K: 64}, make_codebook())
+    config = make_config(["m.in_proj"], {K: 64}, make_codebook(SHORT_CHAINS))
     plain = {"bias": False, "quant_config": config, "prefix": "m.in_proj"}
     ColumnParallelLinear(K, 96, **plain)
     message = "fewer groups than --tensor-parallel-size 2.*--skip '\\*.in_proj'"

@@ -16,8 +16,9 @@ from pcdvq_kernels.config import CodebookSpec
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.hadamard import choose_block
 from pcdvq_kernels.serving import MERGED, UNSPLIT
-from pcdvq_quantizer.served import Heads, describe_splits, find_unserved
-from random_checkpoint import SIGNED, TRELLIS
+from pcdvq_kernels.trellis import CHAIN_ROWS
+from pcdvq_quantizer.served import Heads, choose_chain_rows, describe_splits, find_unserved
+from random_checkpoint import E8, SHORT_CHAINS
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -94,11 +95,12 @@ def _plugin_refuses(config: PCDVQConfig, heads: Heads, inner: int, size: int) ->
     return False
 
 
-@pytest.mark.parametrize("spec", [SIGNED, TRELLIS], ids=lambda spec: spec.codec)
+@pytest.mark.parametrize("spec", [E8, SHORT_CHAINS], ids=lambda spec: spec.codec)
 @pytest.mark.parametrize("max_tp", [1, 2, 8])
 def test_what_is_quantized_is_served(spec: CodebookSpec, max_tp: int, vllm_config) -> None:
     """At every size that vLLM could serve the model at, unless the run said that it will not be."""
     outcomes: Counter[str] = Counter()
+    lengths: set[int] = set()
     for count, kv_heads, inner in SHAPES:
         if count % kv_heads:
             continue
@@ -111,7 +113,14 @@ def test_what_is_quantized_is_served(spec: CodebookSpec, max_tp: int, vllm_confi
         left = find_unserved(layers, layers, spec, heads, max_tp)
         kept = {name: shape for name, shape in sizes.items() if name not in left}
         blocks = {columns: choose_block(columns, max_tp) for _, columns in sizes.values()}
-        config = make_config(list(kept), blocks, make_codebook(spec))
+        rows = {name: shape[0] for name, shape in kept.items()}
+        chains = choose_chain_rows(rows, spec, heads, max_tp)
+        lengths.update(chains.values())
+        books = {
+            str(length): make_codebook(spec.model_copy(update={"chain_rows": length}))
+            for length in {*chains.values()}
+        }
+        config = make_config({name: str(chains[name]) for name in kept}, blocks, books)
         config.left = set(left)
         config.checkpoint = config.checkpoint.model_copy(update={"max_tp": max_tp})
         said = describe_splits(kept, config.checkpoint, heads) is not None
@@ -123,12 +132,13 @@ def test_what_is_quantized_is_served(spec: CodebookSpec, max_tp: int, vllm_confi
             assert not refused or (said and size > 1), (count, kv_heads, inner, size)
         outcomes["left"] += bool(left)
     assert outcomes["served"] > 30
-    assert (outcomes["left"] > 0) == (spec is not SIGNED)
+    assert (outcomes["left"] > 0) == (spec is not E8)
+    assert lengths == ({0} if spec is E8 else set(CHAIN_ROWS))
 
 
 def test_without_the_rules_the_plugin_refuses(vllm_config) -> None:
     heads = Heads(4, 4, HEAD_DIM)
-    config = make_config(NAMES, {HIDDEN: 64, 32: 32, 200: 8}, make_codebook(TRELLIS))
+    config = make_config(NAMES, {HIDDEN: 64, 32: 32, 200: 8}, make_codebook(SHORT_CHAINS))
     assert _plugin_refuses(config, heads, 200, 1)
     config = make_config([NAMES[0], *NAMES[3:]], {HIDDEN: 64, 32: 32, 256: 64}, make_codebook())
     assert _plugin_refuses(config, heads, 256, 1)

@@ -68,7 +68,7 @@ def _truncate(path: Path) -> None:
 
 def _unknown_codec(path: Path) -> None:
     def edit(config: dict) -> None:
-        config["quantization_config"]["codebooks"]["signed"]["codec"] = "qtip"
+        config["quantization_config"]["codebooks"]["trellis"]["codec"] = "qtip"
 
     edit_config(path, edit)
 
@@ -96,11 +96,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: (path / CODEBOOK_FILE).unlink(),
         f"{CODEBOOK_FILE} is missing",
     ),
-    "format version": (_quantization("format_version", 2), "format_version is 2"),
+    "format version": (
+        _quantization("format_version", 1),
+        "format_version is 1, this release reads version 2. Upgrade vllm-pcdvq or quantize the "
+        "model again.",
+    ),
     "codec": (
         _unknown_codec,
-        "codebooks.signed.codec: Input should be 'signed', 'e8', 'trellis', 'compact', 'int8' or "
-        "'pvq'",
+        "codebooks.trellis.codec: Input should be 'trellis', 'e8', 'pvq' or 'int8'",
     ),
     "unknown key": (_quantization("group_size", 8), "group_size: Extra inputs are not permitted"),
 }

@@ -152,31 +152,37 @@ struct VptqStrip {
 constexpr int kWindowBits = 16;
 constexpr int32_t kMostChainCost = 1 << 29;
 
-// States whose windows are loaded together lie together: the order of `levels` and `norms` where
-// states are whole windows. Window w is of the states `w & (kept - 1)` after a step.
-constexpr int64_t kWindowGroup = 16;
+// Windows have levels that count 2^kLevelBits times, and norms: squared levels less kNormOffset.
+constexpr int kLevelBits = 6;
+constexpr int kNormOffset = 1 << 14;
 
-// One step of the search in chain_search.cpp, for a few chains that share its windows. Paths are
-// known by the last bits of their window, `before_bits` of them; then come `new_bits`; of the paths
-// with the same last `after_bits` the best is kept. The choice between those is the path's tag,
-// 2^tag_bits of which costs are multiples, so that the tag goes along below them. Where a path has
-// less than all bits of its window before the step, its row tells them, and its tag has above the
-// choice those that the next row needs.
+// Windows that are loaded together lie together in the `levels` and `norms` of a ChainStep.
+constexpr int kWindowGroupBits = 4;
+constexpr int64_t kWindowGroup = 1 << kWindowGroupBits;
+
+// One step of the Viterbi algorithm in chain_viterbi.cpp, for a few chains that share its windows.
+// Before it, path i is the best one whose window ends with the before_bits bits of i. new_bits come
+// to it; of the paths with the same last after_bits then the best is kept. By what bits above these
+// it won, the tag of its cost tells; costs are multiples of 2^tag_bits. Where before_bits are not all
+// that a window has besides the new ones, the path's row tells them, and above the bits that won the
+// tag has those of the row to come.
 struct ChainStep {
   struct Chain {
     int32_t target, weight;  // pairs of int16: factors of the windows' levels and norms
     int32_t offset;          // of all costs
     int32_t lowest;          // out: the least of `after`
-    const int32_t* before;   // [2^before_bits] costs with tags
-    const int32_t* rows;     // likewise; null if before_bits are all there are
-    int32_t* after;          // [2^after_bits] costs with tags
-    int32_t* rows_after;
-    uint8_t* tags;           // [2^after_bits]: of the choices made
+    const int32_t* before;   // [2^before_bits] costs, with the tags of this step
+    const int32_t* rows;     // [2^before_bits]; null where before_bits are all
+    int32_t* after;          // [2^after_bits] costs, with the tags of the next step
+    int32_t* rows_after;     // [2^after_bits]
+    uint8_t* tags;           // [2^after_bits]: of the paths that are kept
   };
-  const int32_t* levels;  // [2^16] pairs of int16, ordered by groups or, for rows, by window
-  const int32_t* norms;   // likewise; null for one weight a window
+  // [2^16] pairs of int16: in groups, those that are chosen from one after the other; with rows by
+  // window. Norms are of both levels of a window and the low halves; null for windows of one level.
+  const int32_t* levels;
+  const int32_t* norms;
   int before_bits, new_bits, after_bits;
-  int next_choice_bits, next_hidden_bits;  // of a tag in `after`
+  int next_choice_bits, next_hidden_bits;  // in the tags and rows of the next step
   int tag_bits;
   int64_t count;
   Chain chain[4];

@@ -1,7 +1,7 @@
 // All kernels of one instruction set. Included once per instruction set, after its `Vec`.
 #pragma once
 
-#include "chain_search.h"
+#include "chain_steps.h"
 #include "codec.h"
 #include "nearest.h"
 #include "quantize.h"

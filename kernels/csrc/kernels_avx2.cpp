@@ -85,7 +85,7 @@ struct Costs {
     return transpose<RUN, kLaneBits - RUN>();
   }
   template <int RUN>
-  Costs by_state() const {
+  Costs by_path() const {
     return transpose<kLaneBits - RUN, RUN>();
   }
 

@@ -1,5 +1,5 @@
-// One step of the search for the codes of chains (chain_search.cpp). Included once per instruction
-// set, after its `Costs`: a vector of int32, one for each of neighbouring states.
+// A step of the search for codes of the computed trellis (ChainStep). Included once per instruction
+// set, after its `Costs`: a vector of int32, one for each of neighbouring paths.
 #pragma once
 
 #include "isa.h"
@@ -7,25 +7,27 @@
 namespace pcdvq {
 namespace {
 
-// The least costs of paths into the states [state, state + kLanes), by any choice. RUN: lanes fall
-// into runs of 2^RUN states that differ in new bits alone; HIDDEN: rows tell the windows.
+// The least costs of paths [path, path + kLanes) to come, by any choice. RUN: lanes fall into runs of
+// 2^RUN paths that differ in new bits alone; HIDDEN: rows tell the windows.
 template <int RUN, bool SINGLES, bool HIDDEN, int COUNT>
-inline void best_choices(const ChainStep& step, const ChainStep::Chain* chain, int64_t state,
+inline void best_choices(const ChainStep& step, const ChainStep::Chain* chain, int64_t path,
                          Costs (&best)[COUNT]) {
   const int new_bits = step.new_bits;
   const int64_t choices = int64_t(1) << (step.before_bits + new_bits - step.after_bits);
   const int64_t stride = int64_t(1) << (step.after_bits - new_bits);
+  const Costs zero = Costs::fill(0), centre = Costs::fill(-kNormOffset);
   const int32_t *before[COUNT], *rows[COUNT];
   Costs target[COUNT], weight[COUNT];
   for (int c = 0; c < COUNT; ++c) {
-    before[c] = chain[c].before + (state >> new_bits);
-    rows[c] = HIDDEN ? chain[c].rows + (state >> new_bits) : nullptr;
+    before[c] = chain[c].before + (path >> new_bits);
+    rows[c] = HIDDEN ? chain[c].rows + (path >> new_bits) : nullptr;
     target[c] = Costs::fill(chain[c].target);
     weight[c] = Costs::fill(chain[c].weight);
     best[c] = Costs::fill(INT32_MAX);
   }
-  const int64_t first = HIDDEN ? state & ((int64_t(1) << new_bits) - 1)
-                               : state / kWindowGroup * kWindowGroup * choices + state % kWindowGroup;
+  const int64_t group = path / kWindowGroup * choices;
+  const int64_t first = HIDDEN ? path & ((int64_t(1) << new_bits) - 1)
+                               : group * kWindowGroup + path % kWindowGroup;
   const int32_t *levels = step.levels + first, *norms = SINGLES ? nullptr : step.norms + first;
   for (int64_t choice = 0; choice < choices; ++choice) {
     Costs level, norm;
@@ -37,7 +39,8 @@ inline void best_choices(const ChainStep& step, const ChainStep::Chain* chain, i
       if (HIDDEN) {
         const int32_t* row = rows[c] + choice * stride;
         level = Costs::load_runs<RUN>(levels, row, new_bits).template by_run<RUN>();
-        if (!SINGLES) norm = Costs::load_runs<RUN>(norms, row, new_bits).template by_run<RUN>();
+        // From the levels: rows are anywhere, and their loads are what takes time.
+        if (!SINGLES) norm = add_products(level, level, zero).shift_right(2 * kLevelBits) + centre;
       }
       Costs cost = Costs::repeat<RUN>(before[c] + choice * stride);
       cost = add_products(level, target[c], cost);
@@ -59,23 +62,23 @@ void step_chains(const ChainStep& step, ChainStep::Chain* chain) {
     offset[c] = Costs::fill(chain[c].offset);
     lowest[c] = Costs::fill(INT32_MAX);
   }
-  for (int64_t state = 0; state < kept; state += Costs::kLanes) {
+  for (int64_t path = 0; path < kept; path += Costs::kLanes) {
     Costs best[COUNT];
-    best_choices<RUN, SINGLES, HIDDEN>(step, chain, state, best);
-    const Costs place = Costs::count_from(int32_t(state));
+    best_choices<RUN, SINGLES, HIDDEN>(step, chain, path, best);
+    const Costs place = Costs::count_from(int32_t(path));
     const Costs choice = place.shift_right(step.after_bits - step.next_choice_bits);
     for (int c = 0; c < COUNT; ++c) {
-      const Costs found = best[c].template by_state<RUN>();
-      found.store_bytes(chain[c].tags + state);
+      const Costs found = best[c].template by_path<RUN>();
+      found.store_bytes(chain[c].tags + path);
       Costs tag = choice;
       if (HIDDEN) {
         const Costs older = found & hidden;
         tag = (older.shift_left(step.next_choice_bits) | choice) & tags;
-        (older.shift_left(step.after_bits) | place).store(chain[c].rows_after + state);
+        (older.shift_left(step.after_bits) | place).store(chain[c].rows_after + path);
       }
       const Costs cost = least((found & costs) + offset[c], most) | tag;
       lowest[c] = least(lowest[c], cost);
-      cost.store(chain[c].after + state);
+      cost.store(chain[c].after + path);
     }
   }
   for (int c = 0; c < COUNT; ++c) chain[c].lowest = lowest[c].lowest();

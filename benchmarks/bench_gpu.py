@@ -63,7 +63,7 @@ class Layer:
 
     def weight(self, index: int) -> Weight:
         fmt = format_of(LayoutFields(*self.layout.to_ints()))
-        return Weight(self.words[index % len(self.words)], self.table, self.row_scale, fmt)
+        return Weight(self.words[index % len(self.words)], self.row_scale, fmt)
 
     def check(self, x: Tensor) -> None:
         """Raise RuntimeError if the first rows of the output are far from the reference's."""
@@ -89,7 +89,7 @@ def make_layer(codec: str, n: int, k: int) -> Layer:
     book = get_codebook(*CODECS[codec]).codebook
     book = Codebook(book.spec, book.directions.cuda(), book.magnitudes.cuda())
     layout = ops.Layout(choose_block(k, max_tp=8), book.spec)
-    codes = random_bytes(n, book.spec.row_bytes(k))
+    codes = random_bytes(book.spec.stored_rows(n), book.spec.row_bytes(k))
     first = ops.prepack_weight(codes, book.codewords(), layout, k)
     copies = -(-CACHE_BYTES // first.nbytes)
     return Layer(

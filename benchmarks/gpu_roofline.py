@@ -16,7 +16,8 @@ from pcdvq_kernels.triton.tuning import Device, m_tile_for
 # Weights in linear layers of Llama 2: all that is streamed for a token but head and cache.
 MODELS = {"7B": 6.48e9, "70B": 68.5e9}
 TOKENS = (1, 16, 64)
-CODEC, BITS = "signed-2", 2
+CODEC, BITS = "trellis-2", 2
+MMA = 16 * 8 * 32  # multiplications of an int8 tensor-core instruction
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class GPU:
     Attributes:
         target: what its kernels are compiled for.
         issue: instructions per second that all its schedulers start.
+        tensor: int8 multiplications per second of its tensor cores.
         bandwidth: bytes per second from memory.
     """
 
     target: str
     issue: float
+    tensor: float
     bandwidth: float
 
     @property
@@ -38,22 +41,30 @@ class GPU:
         """Instructions it starts in the time it reads 1024 weights at `BITS`."""
         return self.issue * 1024 * BITS / 8 / self.bandwidth
 
+    def seconds(self, count: dict) -> float:
+        """Time for 1024 weights and the tokens of a program, without memory's."""
+        if not count["pipes"]:
+            return count["per_1024_weights"] / self.issue
+        issued = max(count["per_1024_weights"], *(2 * n for n in count["pipes"].values()))
+        products = sum(count["mma"].values()) * MMA
+        return max(issued / self.issue, products / self.tensor)
+
 
 GPUS = {
-    "H100 SXM": GPU("sm_90", 132 * 4 * 1.71e9, 3.35e12),
-    "A100 SXM 80 GB": GPU("sm_80", 108 * 4 * 1.41e9, 2.04e12),
-    "RTX 4090": GPU("sm_89", 128 * 4 * 2.52e9, 1.01e12),
+    "H100 SXM": GPU("sm_90", 132 * 4 * 1.71e9, 0.99e15, 3.35e12),
+    "A100 SXM 80 GB": GPU("sm_80", 108 * 4 * 1.41e9, 0.312e15, 2.04e12),
+    "RTX 4090": GPU("sm_89", 128 * 4 * 2.52e9, 0.33e15, 1.01e12),
     # A compute unit starts one vector instruction of 64 lanes a cycle.
-    "MI300X": GPU("gfx942", 304 * 2.1e9, 5.3e12),
+    "MI300X": GPU("gfx942", 304 * 2.1e9, 1.3e15, 5.3e12),
 }
 
 
-def instructions(counts: list[dict], target: str, m_tile: int) -> float:
-    """Main-loop instructions per 1024 weights and `m_tile` tokens."""
+def find(counts: list[dict], target: str, m_tile: int) -> dict:
+    """What the product of `m_tile` tokens compiled to."""
     wanted = target, f"linear {m_tile} tokens", CODEC
     for count in counts:
         if (count["target"], count["kernel"], count["codec"]) == wanted:
-            return count["per_1024_weights"]
+            return count
     raise SystemExit(f"error: no count of {wanted}; run gpu_static.py without filters")
 
 
@@ -63,13 +74,15 @@ def rows(counts: list[dict]) -> list[str]:
         for model, weights in MODELS.items():
             for tokens in TOKENS:
                 m_tile = m_tile_for(tokens, Device(name, gpu.target, 1))
-                per_1024 = instructions(counts, gpu.target, m_tile) * -(-tokens // m_tile)
+                programs = -(-tokens // m_tile)
+                count = find(counts, gpu.target, m_tile)
                 memory = weights * BITS / 8 / gpu.bandwidth
-                issue = weights / 1024 * per_1024 / gpu.issue
+                compute = weights / 1024 * programs * gpu.seconds(count)
                 lines.append(
-                    f"| {name} | {model} | {tokens} | {per_1024:.0f} of {gpu.break_even:.0f} "
-                    f"| {1e3 * memory:.2f} | {1e3 * issue:.2f} "
-                    f"| {tokens / max(memory, issue):.0f} |"
+                    f"| {name} | {model} | {tokens} "
+                    f"| {count['per_1024_weights'] * programs:.0f} of {gpu.break_even:.0f} "
+                    f"| {1e3 * memory:.2f} | {1e3 * compute:.2f} "
+                    f"| {tokens / max(memory, compute):.0f} |"
                 )
     return lines
 
@@ -79,7 +92,7 @@ def main() -> None:
     parser.add_argument("counts", type=Path, help="what gpu_static.py --json wrote")
     args = parser.parse_args()
     print(
-        "| GPU | model | M | instructions, of break-even | memory-bound ms | issue-bound ms "
+        "| GPU | model | M | instructions, of break-even | memory-bound ms | compute-bound ms "
         "| at most tokens/s |\n| --- | --- | --- | --- | --- | --- | --- |"
     )
     print("\n".join(rows(json.loads(args.counts.read_text()))))

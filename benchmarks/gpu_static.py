@@ -1,7 +1,8 @@
 """What the Triton kernels compile to, counted: no GPU is needed.
 
 Compiles every kernel for every target, finds the main loop in the machine code, and prints its warp
-instructions per 1024 weights, registers, stack and shared memory. `--json FILE` writes the same.
+instructions per 1024 weights, those of its two busiest pipes, registers, stack and shared memory.
+`--json FILE` writes the same.
 """
 
 from __future__ import annotations
@@ -54,11 +55,18 @@ CLASSES = {
     "mma": r"[HIQOF]M+A|[HIQ]GMMA|UTC.*MMA|v_mfma.*",
     "permute": r"PRMT|v_perm_b32",
     "logic": r"P?LOP3|SHF|SGXT|BMSK|v_(and|or|xor|not|lsh|ash|bf).*",
-    "integer": r"IMAD|IADD3?|LEA|ISETP|SEL|VIADD|VIMNMX|IMNMX|v_(add|sub|mul|mad)_?.*[iu]\d+.*",
+    "integer": r"IMAD|IDP|IADD3?|LEA|ISETP|SEL|VIADD|VIMNMX|IMNMX|v_(add|sub|mul|mad)_?.*[iu]\d+.*",
     "float": r"F(FMA|MUL|ADD|SEL|SETP|MNMX)|HFMA2|I2F|F2I|I2FP|F2FP|F2F|I2I|v_cvt.*|v_.*f(16|32).*",
     "move": r"MOV|CS2R|S2R|S2UR|R2UR|UMOV|v_mov.*|v_accvgpr.*",
     "uniform": r"U[A-Z0-9]+|s_.*",
     "control": r"BRA|BSSY|BSYNC|EXIT|NOP|CALL|RET|YIELD",
+}
+
+
+# Half of a scheduler's lanes each, so a warp's instruction takes them two cycles.
+PIPES = {
+    "alu": r"PRMT|P?LOP3|SHF|SGXT|BMSK|IADD3?|LEA|ISETP|SEL|VIADD|VIMNMX|IMNMX|FSEL|FSETP|FMNMX",
+    "fma": r"IMAD|IDP|FFMA|FMUL|FADD",
 }
 
 
@@ -86,7 +94,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Count:
-    """What a kernel compiled to; instructions are those of a warp in one turn of the main loop."""
+    """What a kernel compiled to; instructions are those of a warp in one turn of the main loop.
+
+    `pipes` has those of each of `PIPES` per 1024 weights, `mma` every kind of tensor-core
+    instruction and how many there are per 1024 weights.
+    """
 
     target: str
     kernel: str
@@ -94,7 +106,8 @@ class Count:
     instructions: int | None
     per_1024_weights: float | None
     classes: dict[str, int]
-    mma: list[str]
+    pipes: dict[str, float]
+    mma: dict[str, float]
     registers: int
     stack_bytes: int
     shared_bytes: int
@@ -305,33 +318,38 @@ def main_loop(lines: list[str]) -> list[str]:
     return instructions[start:end]
 
 
-def classify(instructions: list[str]) -> tuple[dict[str, int], list[str]]:
-    """Counts by class, and the kinds of tensor-core instructions."""
-    classes: Counter[str] = Counter()
-    kinds: set[str] = set()
-    for instruction in instructions:
-        name = re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
+def names_of(instructions: list[str]) -> Counter[str]:
+    """Names of instructions, with their suffixes."""
+    return Counter(re.sub(r"^@!?U?P\w+\s+", "", each).split()[0] for each in instructions)
+
+
+def classify(names: Counter[str], classes: dict[str, str]) -> Counter[str]:
+    """Counts by class."""
+    counts: Counter[str] = Counter()
+    for name, count in names.items():
         head = name.split(".")[0]
-        found = next((c for c, names in CLASSES.items() if re.fullmatch(names, head)), "other")
-        classes[found] += 1
-        if found == "mma":
-            kinds.add(name)
-    return dict(classes), sorted(kinds)
+        matching = (c for c, heads in classes.items() if re.fullmatch(heads, head))
+        counts[next(matching, "other")] += count
+    return counts
 
 
 def count(kernel: Kernel, target: str) -> Count:
     compiled = compile_kernel(kernel, TARGETS[target])
     lines, registers, stack = disassemble(compiled)
     loop = main_loop(lines) if kernel.loop_weights else []
-    classes, kinds = classify(loop)
+    names = names_of(loop)
+    per_1024 = 1024 / (kernel.loop_weights or 1024)
+    pipes = classify(names, PIPES)
+    matrix = {name: n for name, n in names.items() if re.match(CLASSES["mma"], name)}
     return Count(
         target=target,
         kernel=kernel.name,
         codec=kernel.codec,
         instructions=len(loop) or None,
-        per_1024_weights=round(len(loop) * 1024 / kernel.loop_weights, 1) if loop else None,
-        classes=classes,
-        mma=kinds,
+        per_1024_weights=round(len(loop) * per_1024, 1) if loop else None,
+        classes=dict(classify(names, CLASSES)),
+        pipes={pipe: round(pipes[pipe] * per_1024, 1) for pipe in PIPES if pipes[pipe]},
+        mma={name: round(n * per_1024, 1) for name, n in matrix.items()},
         registers=registers,
         stack_bytes=stack,
         shared_bytes=compiled.metadata.shared,
@@ -341,14 +359,17 @@ def count(kernel: Kernel, target: str) -> Count:
 def table(counts: list[Count]) -> str:
     """Markdown, a row per kernel and codec, and per target: instructions per 1024 weights."""
     lines = [
-        "| target | kernel | codec | per 1024 weights | registers | stack | shared | mma |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| target | kernel | codec | per 1024 weights | ALU | FMA | mma "
+        "| registers | stack | shared |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for c in counts:
         per = "" if c.per_1024_weights is None else f"{c.per_1024_weights:g}"
+        matrix = ", ".join(f"{n:g} {name}" for name, n in c.mma.items())
         lines.append(
-            f"| {c.target} | {c.kernel} | {c.codec} | {per} | {c.registers} | {c.stack_bytes} "
-            f"| {c.shared_bytes} | {', '.join(c.mma)} |"
+            f"| {c.target} | {c.kernel} | {c.codec} | {per} | {c.pipes.get('alu', '')} "
+            f"| {c.pipes.get('fma', '')} | {matrix} "
+            f"| {c.registers} | {c.stack_bytes} | {c.shared_bytes} |"
         )
     return "\n".join(lines)
 

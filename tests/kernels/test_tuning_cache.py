@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pcdvq_kernels.triton import tuning
 
-CONFIGS = {"M8 N64 K64 8:4:0": tuning.LinearConfig(8, 2)}
+CONFIGS = {"M8 N64 K64 4:64": tuning.LinearConfig(8, 2)}
 
 
 @pytest.fixture

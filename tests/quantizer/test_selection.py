@@ -141,6 +141,9 @@ def test_experts_are_quantized_all_or_none(tmp_path: Path) -> None:
     assert len(plan.selection.skipped_lines()) < 10
 
 
+MAMBA2 = {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 1, "chunk_size": 16}
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "layer", "reason"),
     [
@@ -148,7 +151,7 @@ def test_experts_are_quantized_all_or_none(tmp_path: Path) -> None:
         ("granitemoe", {}, "block_sparse_moe.input_linear", "experts of this architecture"),
         ("granitemoe", {}, "block_sparse_moe.router.layer", "router"),
         ("gpt_neox", {}, "embed_out", "output head"),
-        ("mamba", {"num_hidden_layers": 2}, "mixer.conv1d", "not a linear layer"),
+        ("mamba2", MAMBA2, "mixer.conv1d", "not a linear layer"),
     ],
 )
 def test_reasons(

@@ -152,7 +152,7 @@ def test_error_without_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_error_of_one_process_is_one_line(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Only the last window has the token whose embedding is infinite."""
+    """The first process alone reads what is copied, and finds that an embedding is infinite."""
     broken = save_model(directory / "broken", tiny_config())
     weights = load_file(broken / "model.safetensors")
     weights["model.embed_tokens.weight"][ord("#")] = float("inf")
@@ -166,7 +166,7 @@ def test_error_of_one_process_is_one_line(
     with pytest.raises(SystemExit):
         cli.main()
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: output of model.layers.0 in the original model holds NaN")
+    assert line.startswith(f"error: model.embed_tokens.weight of {broken} holds NaN or infinity")
     assert not (directory / "out").exists()
 
 

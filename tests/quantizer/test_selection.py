@@ -142,6 +142,9 @@ def test_experts_are_quantized_all_or_none(tmp_path: Path) -> None:
     assert len(plan.selection.skipped_lines()) < 10
 
 
+MAMBA2 = {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 1, "chunk_size": 16}
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "layer", "reason"),
     [

@@ -194,15 +194,23 @@ def evaluate_model(
         str, typer.Argument(help="Checkpoint or unquantized model: directory, .gguf, hub id.")
     ],
     tasks: Annotated[
-        str, typer.Option(help="Some of perplexity, kl and lambada, with commas.")
+        str,
+        typer.Option(help="Of perplexity, kl, lambada, chat, cloze, patterns; with commas."),
     ] = "perplexity",
     text: Annotated[Path | None, typer.Option(help="Text for perplexity and kl.")] = None,
     lambada: Annotated[
-        Path | None, typer.Option(help='JSONL for lambada: {"text": ...} per line.')
+        Path | None, typer.Option(help='JSONL for lambada and cloze: {"text": ...} per line.')
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSONL for chat: {"text": ..., "kind": ...} per line; default: 99 requests of '
+            "eleven kinds that come with this package."
+        ),
     ] = None,
     windows: Annotated[int, typer.Option(help="First windows of the text to measure.")] = 40,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    limit: Annotated[int, typer.Option(help="First lines of the JSONL file to measure.")] = 500,
+    limit: Annotated[int, typer.Option(help="First lines of JSONL files to measure.")] = 500,
     bos: Annotated[
         bool,
         typer.Option(
@@ -212,7 +220,11 @@ def evaluate_model(
         ),
     ] = False,
     reference: Annotated[
-        str | None, typer.Option(help="Original, for kl (default: by the report) and for lambada.")
+        str | None,
+        typer.Option(
+            help="Original, for kl and chat (default: by the report); lambada, cloze and patterns "
+            "are compared with it."
+        ),
     ] = None,
     backend: Annotated[str, typer.Option(help="hf (transformers) or vllm.")] = "hf",
     dtype: Annotated[
@@ -226,7 +238,7 @@ def evaluate_model(
         Path | None, typer.Option("--json", help="Also write JSON to this file; - is stdout.")
     ] = None,
 ) -> None:
-    """Measure the quality of MODEL: perplexity, KL from its original, last words (LAMBADA)."""
+    """Measure MODEL: perplexity, KL from its original on a text and on answers, words chosen."""
     from transformers.utils import logging
 
     from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
@@ -240,6 +252,7 @@ def evaluate_model(
         tasks=tuple(filter(None, (task.strip() for task in tasks.split(",")))),
         text=text,
         lambada=lambada,
+        requests=requests,
         windows=windows,
         window=window,
         limit=limit,

@@ -233,6 +233,9 @@ def test_command_line(original: Path, checkpoint: Path, text: Path, tmp_path: Pa
         },
         "lines": 2,
         "bos": False,
+        "requests": None,
+        "answer_tokens": None,
+        "chat_template": None,
     }
     assert found["perplexity"]["tokens"] == found["kl"]["tokens"] == 62
     assert found["lambada"]["lines"] == 2

@@ -75,6 +75,11 @@ class ModelFiles:
             ) from error
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model gives probabilities."""
+        return (self.config.get("text_config") or self.config)["vocab_size"]
+
+    @property
     def context(self) -> int | None:
         """Tokens the model can read at once, None where its configuration does not say."""
         text_config = self.config.get("text_config") or self.config

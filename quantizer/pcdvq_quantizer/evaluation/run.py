@@ -11,18 +11,36 @@ from typing import Protocol as Interface
 from typing import TypeVar
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from pcdvq_quantizer.evaluation.data import DataFile, Sequence, read_last_words, read_windows
+from pcdvq_quantizer.chat import Chat, Request
+from pcdvq_quantizer.evaluation.chat import (
+    ANSWER_TOKENS,
+    BATCH,
+    AnswerFigures,
+    ChatFigures,
+    answer_sequences,
+    figures_by_kind,
+    what_is_odd,
+)
+from pcdvq_quantizer.evaluation.choices import PATTERNS, make_patterns, read_cloze
+from pcdvq_quantizer.evaluation.data import (
+    DataFile,
+    Sequence,
+    read_passages,
+    read_requests,
+    read_windows,
+)
 from pcdvq_quantizer.evaluation.files import ModelFiles, find_reference
 from pcdvq_quantizer.evaluation.hf_model import HFModel
 from pcdvq_quantizer.evaluation.options import EvaluateOptions
 from pcdvq_quantizer.evaluation.report import EvaluationReport, Protocol, installed_versions
 from pcdvq_quantizer.evaluation.scores import (
+    Accuracy,
     KLDivergence,
-    LastWord,
     Perplexity,
-    last_word,
-    pair_last_words,
+    accuracy,
+    pair,
     perplexity,
     standard_error,
 )
@@ -30,6 +48,7 @@ from pcdvq_quantizer.evaluation.vllm_model import VLLMModel
 from pcdvq_quantizer.progress import Progress
 
 Score = TypeVar("Score")
+Item = TypeVar("Item")
 
 
 class Scorer(Interface):
@@ -63,7 +82,8 @@ def evaluate(
         if job.reference is not None:
             original = HFModel.load(job.reference, options.dtype, packed=False)
         found, kl = _measure_windows(job, scorer, original)
-        words = _measure_lines(job, scorer, original) if job.lines else None
+        chat = _measure_answers(job, scorer, original) if job.prompts and original else None
+        shares = {each.task: _measure_items(job, each, scorer, original) for each in job.items}
         return EvaluationReport(
             model=model,
             backend=options.backend,
@@ -72,10 +92,39 @@ def evaluate(
             protocol=job.protocol(),
             perplexity=found,
             kl=kl,
-            lambada=words,
+            lambada=shares.get("lambada"),
             seconds=round(time.monotonic() - started, 2),
             versions=installed_versions(),
+            chat=chat,
+            cloze=shares.get("cloze"),
+            patterns=shares.get("patterns"),
         )
+
+
+@dataclass(frozen=True)
+class _Items:
+    """Lines that a model has right or wrong.
+
+    Attributes:
+        task: what they are measured for.
+        lines: the sequences of each line: one whose end is to be predicted, or one for each option,
+            the right one first.
+        reference_lines: the same as the reference's tokenizer cuts them; none without one.
+    """
+
+    task: str
+    lines: list[list[Sequence]]
+    reference_lines: list[list[Sequence]]
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Requests, as the original is asked them."""
+
+    source: DataFile
+    requests: list[Request]
+    chat: Chat
+    prompts: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -88,8 +137,8 @@ class _Job:
     text: DataFile | None
     windows: list[Sequence]
     lambada: DataFile | None
-    lines: list[Sequence]
-    reference_lines: list[Sequence]  # as the reference's tokenizer cuts them
+    items: list[_Items]
+    prompts: _Prompts | None
     progress: Progress
 
     @property
@@ -105,8 +154,13 @@ class _Job:
 
     @property
     def longest(self) -> int:
-        sequences = (*self.windows, *self.lines, *self.reference_lines)
-        return max(len(sequence.tokens) for sequence in sequences)
+        lengths = [len(window.tokens) for window in self.windows]
+        for each in self.items:
+            for line in (*each.lines, *each.reference_lines):
+                lengths += [len(sequence.tokens) for sequence in line]
+        if self.prompts:
+            lengths += [len(prompt) + ANSWER_TOKENS for prompt in self.prompts.prompts]
+        return max(lengths)
 
     def protocol(self) -> Protocol:
         return Protocol(
@@ -114,19 +168,22 @@ class _Job:
             window=self.options.window if self.text else None,
             windows=len(self.windows) if self.text else None,
             lambada=self.lambada,
-            lines=len(self.lines) if self.lambada else None,
+            lines=len(self.items[0].lines) if self.lambada else None,
             bos=self.options.bos,
+            requests=self.prompts.source if self.prompts else None,
+            answer_tokens=ANSWER_TOKENS if self.prompts else None,
+            chat_template=self.prompts.chat.has_template if self.prompts else None,
         )
 
     def score(
-        self, what: str, sequences: list[Sequence], score: Callable[[Sequence], Score]
+        self, what: str, items: list[Item], score: Callable[[Item], Score]
     ) -> tuple[list[Score], float]:
-        """The scores of `sequences`, and the seconds they took."""
+        """The scores of `items`, and the seconds they took."""
         started = time.monotonic()
         scores = []
-        self.progress.start(what, len(sequences))
-        for sequence in sequences:
-            scores.append(score(sequence))
+        self.progress.start(what, len(items))
+        for item in items:
+            scores.append(score(item))
             self.progress.advance(1)
         return scores, round(time.monotonic() - started, 2)
 
@@ -136,25 +193,49 @@ def _read_job(model: str, options: EvaluateOptions, progress: Progress) -> _Job:
     reference = find_reference(files, options.reference) if options.compares else None
     tokenizer = files.tokenizer()
     text: DataFile | None = None
-    lambada: DataFile | None = None
     windows: list[Sequence] = []
-    lines: list[Sequence] = []
-    reference_lines: list[Sequence] = []
     if options.reads_text and options.text:
         text, windows = read_windows(
             options.text, tokenizer, options.window, options.windows, options.bos
         )
-    if "lambada" in options.tasks and options.lambada:
-        lambada, lines = read_last_words(options.lambada, tokenizer, options.limit, options.bos)
-        if reference is not None:
-            _, reference_lines = read_last_words(
-                options.lambada, reference.tokenizer(), options.limit, options.bos
-            )
-    job = _Job(files, reference, options, text, windows, lambada, lines, reference_lines, progress)
+    theirs = reference.tokenizer() if reference is not None else None
+    lambada, items = _read_items(options, tokenizer, theirs)
+    prompts = None
+    if "chat" in options.tasks:
+        assert theirs is not None
+        source, requests = read_requests(options.requests)
+        requests = requests[: options.limit]
+        chat = Chat(theirs, progress.note)
+        asked = [chat.prompt(request.text) for request in requests]
+        prompts = _Prompts(source, requests, chat, asked)
+    job = _Job(files, reference, options, text, windows, lambada, items, prompts, progress)
     for each in (files, reference):
         if each:
             each.check_length(job.longest)
     return job
+
+
+def _read_items(
+    options: EvaluateOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: PreTrainedTokenizerBase | None,
+) -> tuple[DataFile | None, list[_Items]]:
+    """The file of the tasks that have one, and the items of each task."""
+    source: DataFile | None = None
+    found: list[tuple[str, Callable[[PreTrainedTokenizerBase], list[list[Sequence]]]]] = []
+    if "lambada" in options.tasks and options.lambada:
+        source, passages = read_passages(options.lambada, options.limit)
+        found.append(("lambada", lambda cut: [[p.sequence(cut, options.bos)] for p in passages]))
+    if "cloze" in options.tasks and options.lambada:
+        source, cloze = read_cloze(options.lambada, options.limit)
+        found.append(("cloze", lambda cut: [c.sequences(cut, options.bos) for c in cloze]))
+    if "patterns" in options.tasks:
+        patterns = make_patterns(min(options.limit, PATTERNS))
+        found.append(("patterns", lambda cut: [p.sequences(cut, options.bos) for p in patterns]))
+    items = [
+        _Items(task, cut(tokenizer), cut(reference) if reference else []) for task, cut in found
+    ]
+    return source, items
 
 
 @contextmanager
@@ -179,14 +260,14 @@ def _measure_windows(
     if original is None or "kl" not in job.options.tasks or not isinstance(scorer, HFModel):
         return _measure_perplexity(job, scorer, tokens), None
     pairs, seconds = job.score("kl", job.windows, lambda window: scorer.compare(original, window))
-    kls = [pair.kl for pair in pairs]
+    kls = [pair.kl.mean().item() for pair in pairs]
     kl = KLDivergence(
         kl=fmean(kls),
         kl_stderr=standard_error(kls),
-        top1_agreement=fmean(pair.agreement for pair in pairs),
+        top1_agreement=fmean(pair.agreement.mean().item() for pair in pairs),
         reference=job.reference_name,
         reference_perplexity=perplexity(
-            [pair.reference_nll for pair in pairs], tokens, seconds
+            [pair.reference_nll.mean().item() for pair in pairs], tokens, seconds
         ).perplexity,
         windows=len(pairs),
         tokens=tokens,
@@ -194,7 +275,7 @@ def _measure_windows(
     )
     if "perplexity" not in job.options.tasks:
         return None, kl
-    return perplexity([pair.nll for pair in pairs], tokens, seconds), kl
+    return perplexity([pair.nll.mean().item() for pair in pairs], tokens, seconds), kl
 
 
 def _measure_perplexity(job: _Job, scorer: Scorer, tokens: int) -> Perplexity:
@@ -204,10 +285,44 @@ def _measure_perplexity(job: _Job, scorer: Scorer, tokens: int) -> Perplexity:
     return perplexity(nlls, tokens, seconds)
 
 
-def _measure_lines(job: _Job, scorer: Scorer, original: HFModel | None) -> LastWord:
-    correct, seconds = job.score("lambada", job.lines, scorer.is_likeliest)
+def _measure_answers(job: _Job, scorer: HFModel | VLLMModel, original: HFModel) -> ChatFigures:
+    """The original's answers, then the model on them."""
+    asked = job.prompts
+    assert asked is not None
+    batches = [asked.prompts[i : i + BATCH] for i in range(0, len(asked.prompts), BATCH)]
+    found, answering = job.score(
+        "answers of the original",
+        batches,
+        lambda batch: original.answers(batch, asked.chat.ends, ANSWER_TOKENS),
+    )
+    answers = [answer for batch in found for answer in batch]
+    if odd := what_is_odd(answers, asked.chat.ends):
+        job.progress.note(odd)
+    sequences = answer_sequences(asked.prompts, answers)
+    pairs, seconds = job.score("chat", sequences, lambda each: scorer.compare(original, each))
+    return ChatFigures(
+        all=AnswerFigures.of(pairs),
+        kinds=figures_by_kind([request.kind for request in asked.requests], pairs),
+        reference=job.reference_name,
+        bound=isinstance(scorer, VLLMModel) and not scorer.knows_all,
+        seconds=round(answering + seconds, 2),
+    )
+
+
+def _measure_items(job: _Job, items: _Items, scorer: Scorer, original: HFModel | None) -> Accuracy:
+    correct, seconds = job.score(items.task, items.lines, lambda line: _is_right(scorer, line))
     paired = None
     if original is not None:
-        theirs, _ = job.score("lambada, original", job.reference_lines, original.is_likeliest)
-        paired = pair_last_words(correct, theirs, job.reference_name)
-    return last_word(correct, seconds, paired)
+        theirs, _ = job.score(
+            f"{items.task}, original", items.reference_lines, lambda line: _is_right(original, line)
+        )
+        paired = pair(correct, theirs, job.reference_name)
+    return accuracy(correct, seconds, paired)
+
+
+def _is_right(scorer: Scorer, line: list[Sequence]) -> bool:
+    """Whether the only sequence's end is predicted, or the first one's is the likeliest."""
+    if len(line) == 1:
+        return scorer.is_likeliest(line[0])
+    sums = [scorer.log_likelihoods(option).sum().item() for option in line]
+    return sums[0] > max(sums[1:])

@@ -1,4 +1,4 @@
-"""Perplexities from the files of `pcdvq eval --json`."""
+"""Perplexities and answers from the files of `pcdvq eval --json`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ from pcdvq_kernels.checkpoint import read_quantization_config
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 
 from pcdvq_quantizer.checkpoints import open_any_checkpoint
+from pcdvq_quantizer.evaluation.chat import AnswerFigures
 from pcdvq_quantizer.evaluation.report import EvaluationReport
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Perplexity of one model; `bits` per weight of its linear layers, None if unquantized."""
+    """Perplexity of one model.
+
+    Attributes:
+        model: its name.
+        perplexity: of the text of the protocol.
+        stderr: its standard error.
+        bits: per weight of its linear layers, None if unquantized.
+        answers: its answers beside the original's, None if they were not measured.
+    """
 
     model: str
     perplexity: float
     stderr: float | None
     bits: float | None
+    answers: AnswerFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,10 @@ def _measured(reports: dict[Path, EvaluationReport], original: str) -> list[Meas
         if figure := report.perplexity:
             is_original = Path(report.model).name == Path(original).name
             bits = None if is_original else _find_bits(report.model, file)
-            found.append(Measured(report.model, figure.perplexity, figure.perplexity_stderr, bits))
+            answers = report.chat.all if report.chat else None
+            found.append(
+                Measured(report.model, figure.perplexity, figure.perplexity_stderr, bits, answers)
+            )
         if kl := report.kl:
             originals.append(Measured(kl.reference, kl.reference_perplexity, None, None))
     return originals + found

@@ -33,7 +33,7 @@ class Request:
 
 
 def bundled(name: str) -> Path:
-    """The file of this package: `EVALUATION` or `CALIBRATION`."""
+    """A file of this package, such as `EVALUATION`."""
     return Path(str(files("pcdvq_quantizer").joinpath(name)))
 
 

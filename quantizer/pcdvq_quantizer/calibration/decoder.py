@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +50,23 @@ class LayeredModel:
         self.prefix, self._stack = _decoder_layers(self.model, set(linears), source.name)
         self._base = self.model.get_submodule(self.prefix.rpartition(".")[0])
         self.layers = [f"{self.prefix}.{index}" for index in range(len(self._stack))]
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights, in fp32."""
+        return 4 * sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the whole model fits into the memory that is left on its device."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            with suppress(OSError, IndexError, ValueError):  # Linux counts caches too
+                text = Path("/proc/meminfo").read_text(encoding="ascii")
+                free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
+        return self.bytes < free
 
     def embed(self, tokens: Tensor, embedding: Tensor | None = None) -> tuple[Tensor, list[Call]]:
         """The input of the first decoder layer, and how each layer is called.

@@ -1,4 +1,4 @@
-"""Calibration text: a file, a dataset, or text the model itself writes."""
+"""Calibration text from a file or a dataset, and windows of it."""
 
 from __future__ import annotations
 
@@ -14,32 +14,10 @@ from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pcdvq_quantizer.calibration.decoder import LayeredModel
-from pcdvq_quantizer.calibration.generate import generate_documents
-from pcdvq_quantizer.plan import SELF, Plan
-from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.sources import Source
 
 TEXT_FIELD = "text"
 MAX_DOCUMENTS = 100_000  # of a dataset, which may be larger than memory
-
-
-def calibration_tokens(plan: Plan, model: LayeredModel, progress: Progress) -> Tensor:
-    """The calibration text that `plan.options` ask for, int64 [S, T].
-
-    Raises:
-        PCDVQError: there is no tokenizer, or the text cannot be used.
-    """
-    options = plan.options
-    tokenizer = load_tokenizer(plan.source)
-    if options.calibration == SELF:
-        wanted = options.samples * options.sequence_length
-        progress.start("Writing calibration text", wanted)
-        with model.whole() as whole:
-            documents = generate_documents(whole, tokenizer, wanted, options.seed, progress)
-    else:
-        documents = tokenize(tokenizer, read_documents(options.calibration))
-    return sample_windows(tokenizer, documents, options.samples, options.sequence_length)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

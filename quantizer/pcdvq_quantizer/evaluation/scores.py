@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, sqrt
+from math import exp, isfinite, nan, sqrt
 from statistics import fmean, stdev
 
 
@@ -134,5 +134,7 @@ def pair(model: list[bool], original: list[bool], reference: str) -> PairedAccur
 
 
 def standard_error(values: list[float]) -> float | None:
-    """Standard error of the mean of independent `values`; None for one value."""
-    return stdev(values) / sqrt(len(values)) if len(values) > 1 else None
+    """Standard error of the mean of independent `values`; None for one value, NaN for such ones."""
+    if len(values) < 2:
+        return None
+    return stdev(values) / sqrt(len(values)) if all(map(isfinite, values)) else nan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from pcdvq_kernels.errors import PCDVQError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from pcdvq_quantizer.calibration.generate import generate_documents
-from pcdvq_quantizer.calibration.text import read_documents, sample_windows, tokenize
+from pcdvq_quantizer.calibration.mixture import Wanted, mixed_windows
 from pcdvq_quantizer.card import write_model_card
 from pcdvq_quantizer.evaluation.files import ModelFiles, find_reference
 from pcdvq_quantizer.evaluation.hf_model import load_causal_lm
@@ -30,7 +31,7 @@ from pcdvq_quantizer.finetune.distillation import Distillation
 from pcdvq_quantizer.finetune.options import FinetuneOptions
 from pcdvq_quantizer.finetune.student import Student
 from pcdvq_quantizer.finetune.training import OnStep, Trainer, TrainingState, Windows
-from pcdvq_quantizer.plan import SELF, text_sha256
+from pcdvq_quantizer.plan import text_sha256
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import RUN_FILE, CheckpointWriter, save_whole
 
@@ -111,16 +112,13 @@ def _make_windows(files: ModelFiles, reference: ModelFiles, options: FinetuneOpt
             f"{files.context} tokens; "
             "give a smaller one"
         )
-    tokenizer = files.tokenizer()
-    wanted = options.windows + options.holdout
-    if options.calibration == SELF:
-        original = load_causal_lm(reference, "float32").eval()
-        tokens = wanted * options.sequence_length
-        with torch.no_grad():
-            texts = generate_documents(original, tokenizer, tokens, options.seed, Progress())
-    else:
-        texts = tokenize(tokenizer, read_documents(options.calibration))
-    return sample_windows(tokenizer, texts, wanted, options.sequence_length)
+    count = options.windows + options.holdout
+    wanted = Wanted(options.calibration, count, options.sequence_length, options.seed)
+
+    def original() -> AbstractContextManager[PreTrainedModel]:
+        return nullcontext(load_causal_lm(reference, "float32").eval())
+
+    return mixed_windows(wanted, files.tokenizer(), original, Progress()).tokens
 
 
 def _hold_out(windows: Tensor, options: FinetuneOptions) -> Windows:

@@ -1,10 +1,11 @@
-"""The options of `pcdvq quantize`, by method."""
+"""The options of `pcdvq quantize`, by method, and long ones of `pcdvq eval`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,6 +56,23 @@ CodecOption = Annotated[
         "(2 and 2.25); int8: 8 bits."
     ),
 ]
+Tasks = Annotated[
+    str, typer.Option(help="Of perplexity, kl, lambada, chat, cloze, patterns; with commas.")
+]
+Requests = Annotated[
+    Path | None,
+    typer.Option(
+        help='JSONL for chat: {"text": ..., "kind": ...} per line; default: 99 requests of eleven '
+        "kinds that come with this package."
+    ),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="Original, for kl and chat (default: by the report); lambada, cloze and patterns are "
+        "compared with it."
+    ),
+]
 VectorLength = Annotated[
     int | None,
     typer.Option(help="Weights of a vector; default: by layer size.", rich_help_panel=VPTQ),
@@ -70,9 +88,24 @@ Outliers = Annotated[
     int,
     typer.Option(help="Columns with a table of their own, in each layer.", rich_help_panel=VPTQ),
 ]
-OutlierVectorLength = Annotated[
-    int, typer.Option(help="Vector length of outliers.", rich_help_panel=VPTQ)
+OutlierTasks = Annotated[
+    str, typer.Option(help="Of perplexity, kl, lambada, chat, cloze, patterns; with commas.")
 ]
+Requests = Annotated[
+    Path | None,
+    typer.Option(
+        help='JSONL for chat: {"text": ..., "kind": ...} per line; default: 99 requests of eleven '
+        "kinds that come with this package."
+    ),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="Original, for kl and chat (default: by the report); lambada, cloze and patterns are "
+        "compared with it."
+    ),
+]
+VectorLength = Annotated[int, typer.Option(help="Vector length of outliers.", rich_help_panel=VPTQ)]
 OutlierCentroids = Annotated[
     int, typer.Option(help="Of the table of outliers.", rich_help_panel=VPTQ)
 ]

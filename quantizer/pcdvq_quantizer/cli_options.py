@@ -88,24 +88,9 @@ Outliers = Annotated[
     int,
     typer.Option(help="Columns with a table of their own, in each layer.", rich_help_panel=VPTQ),
 ]
-OutlierTasks = Annotated[
-    str, typer.Option(help="Of perplexity, kl, lambada, chat, cloze, patterns; with commas.")
+OutlierVectorLength = Annotated[
+    int, typer.Option(help="Vector length of outliers.", rich_help_panel=VPTQ)
 ]
-Requests = Annotated[
-    Path | None,
-    typer.Option(
-        help='JSONL for chat: {"text": ..., "kind": ...} per line; default: 99 requests of eleven '
-        "kinds that come with this package."
-    ),
-]
-Reference = Annotated[
-    str | None,
-    typer.Option(
-        help="Original, for kl and chat (default: by the report); lambada, cloze and patterns are "
-        "compared with it."
-    ),
-]
-VectorLength = Annotated[int, typer.Option(help="Vector length of outliers.", rich_help_panel=VPTQ)]
 OutlierCentroids = Annotated[
     int, typer.Option(help="Of the table of outliers.", rich_help_panel=VPTQ)
 ]

@@ -207,16 +207,15 @@ def evaluate_model(
     model: Annotated[
         str, typer.Argument(help="Checkpoint or unquantized model: directory, .gguf, hub id.")
     ],
-    tasks: Annotated[
-        str, typer.Option(help="Some of perplexity, kl and lambada, with commas.")
-    ] = "perplexity",
+    tasks: cli_options.Tasks = "perplexity",
     text: Annotated[Path | None, typer.Option(help="Text for perplexity and kl.")] = None,
     lambada: Annotated[
-        Path | None, typer.Option(help='JSONL for lambada: {"text": ...} per line.')
+        Path | None, typer.Option(help='JSONL for lambada and cloze: {"text": ...} per line.')
     ] = None,
+    requests: cli_options.Requests = None,
     windows: Annotated[int, typer.Option(help="First windows of the text to measure.")] = 40,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    limit: Annotated[int, typer.Option(help="First lines of the JSONL file to measure.")] = 500,
+    limit: Annotated[int, typer.Option(help="First lines of JSONL files to measure.")] = 500,
     bos: Annotated[
         bool,
         typer.Option(
@@ -225,9 +224,7 @@ def evaluate_model(
             "some models, such as Gemma, make no sense without it.",
         ),
     ] = False,
-    reference: Annotated[
-        str | None, typer.Option(help="Original, for kl (default: by the report) and for lambada.")
-    ] = None,
+    reference: cli_options.Reference = None,
     backend: Annotated[str, typer.Option(help="hf (transformers) or vllm.")] = "hf",
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16; auto: float32 on a CPU.")
@@ -240,7 +237,7 @@ def evaluate_model(
         Path | None, typer.Option("--json", help="Also write JSON to this file; - is stdout.")
     ] = None,
 ) -> None:
-    """Measure the quality of MODEL: perplexity, KL from its original, last words (LAMBADA)."""
+    """Measure MODEL: perplexity, KL from its original on a text and on answers, words chosen."""
     from transformers.utils import logging
 
     from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
@@ -256,6 +253,7 @@ def evaluate_model(
         tasks=tuple(filter(None, (task.strip() for task in tasks.split(",")))),
         text=text,
         lambada=lambada,
+        requests=requests,
         windows=windows,
         window=window,
         limit=limit,

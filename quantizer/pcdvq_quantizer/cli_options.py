@@ -1,10 +1,11 @@
-"""The options of `pcdvq quantize`, by method."""
+"""The options of `pcdvq quantize`, by method, and long ones of `pcdvq eval`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,6 +51,23 @@ CodecOption = Annotated[
     typer.Option(
         help="trellis: best and fastest; e8: the paper's codebook (2 and 2.25); pvq: integer "
         "pyramids (2, 2.25, 3, 3.25, 4); int8: 8 bits."
+    ),
+]
+Tasks = Annotated[
+    str, typer.Option(help="Of perplexity, kl, lambada, chat, cloze, patterns; with commas.")
+]
+Requests = Annotated[
+    Path | None,
+    typer.Option(
+        help='JSONL for chat: {"text": ..., "kind": ...} per line; default: 99 requests of eleven '
+        "kinds that come with this package."
+    ),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="Original, for kl and chat (default: by the report); lambada, cloze and patterns are "
+        "compared with it."
     ),
 ]
 VectorLength = Annotated[

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pcdvq_quantizer.calibration.parallel import ALONE, Processes
 from pcdvq_quantizer.calibration.run import calibrate, check_windows
+from pcdvq_quantizer.calibration.trust import HeldOut
 from pcdvq_quantizer.card import write_model_card
 from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
 from pcdvq_quantizer.identity import fingerprint, paths_of, weights_sha256
@@ -90,13 +91,14 @@ def quantize_model(
     progress = progress or Progress()
     place = Output.at(output, overwrite, paths_of(plan.source))
     writer = CheckpointWriter(place, plan.fingerprint())
+    held_out: HeldOut | None = None
     with writer.open(needed_bytes=plan.output_bytes):
         check_values(plan.source, plan.copied)  # which are read last: no work is lost
         plan.source.copy_files(writer.directory)  # first, since it may be refused
         if plan.options.calibration == NONE:
             progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
         else:
-            plan = calibrate(plan, writer, progress, processes)
+            plan, held_out = calibrate(plan, writer, progress, processes)
         source = plan.source
         packed = {name: plan.packed_bytes(name) for name in plan.selection.layers}
         shards = plan_shards(((name, source.bytes(name)) for name in source.shapes), packed)
@@ -112,6 +114,7 @@ def quantize_model(
             "options": asdict(plan.options),
             "seconds": round(time.monotonic() - started, 1),
             "errors": errors,
+            "held_out": held_out and asdict(held_out),
             "skipped": plan.selection.skipped,
             "original_bytes": sum(map(source.bytes, source.shapes)),
         }

@@ -68,7 +68,17 @@ def records_of(content: bytes, path: Path) -> Iterator[tuple[str, str]]:
     """(where it is, for messages; field `text`) of every line of a JSONL file but blank ones.
 
     Raises:
-        PCDVQError: as `text_of`; a line is no JSON object with such a field.
+        PCDVQError: as `values_of`; a line is no JSON object with such a field.
+    """
+    for where, value in values_of(content, path):
+        yield where, text_field(value, where)
+
+
+def values_of(content: bytes, path: Path) -> Iterator[tuple[str, Any]]:
+    """(where it is, for messages; what it holds) of every line of a JSONL file but blank ones.
+
+    Raises:
+        PCDVQError: as `text_of`; a line is no JSON.
     """
     # Not by splitlines, which also cuts at characters that JSON strings may hold.
     for number, line in enumerate(text_of(content, path).split("\n"), 1):
@@ -76,30 +86,36 @@ def records_of(content: bytes, path: Path) -> Iterator[tuple[str, str]]:
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise PCDVQError(
                 f'{where} is not JSON ({error}); give one object per line: {{"{TEXT_FIELD}": ...}}'
             ) from None
-        yield where, text_field(record, where)
+        yield where, value
 
 
-def text_field(record: Any, where: str) -> str:
-    """The text of a record that is at `where`; lines end in LF.
+def text_field(record: Any, where: str, field: str = TEXT_FIELD, default: str | None = None) -> str:
+    """The text in `field` of a record that is at `where`; lines end in LF.
+
+    Args:
+        default: what a record without the field has.
 
     Raises:
         PCDVQError: it has none, or one that holds half a character.
     """
-    text = record.get(TEXT_FIELD) if isinstance(record, dict) else None
+    text = record.get(field, default) if isinstance(record, dict) else None
     if not isinstance(text, str):
         found = f"fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
-        raise PCDVQError(f"{where}: no string field {TEXT_FIELD!r} (found {found}); rename it")
+        remedy = "rename it"
+        if text is not None:
+            found, remedy = f"one of type {type(text).__name__}", "make it a string"
+        raise PCDVQError(f"{where}: no string field {field!r} (found {found}); {remedy}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(text[error.start]):04x}"
         raise PCDVQError(
-            f"{where}: {TEXT_FIELD!r} holds half of a surrogate pair ({half}), which is no "
+            f"{where}: {field!r} holds half of a surrogate pair ({half}), which is no "
             "character; remove it"
         ) from None
     return with_plain_newlines(text)

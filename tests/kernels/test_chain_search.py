@@ -252,7 +252,10 @@ def test_targets_beyond_the_levels():
         ({"x": torch.zeros(64, 3)}, r"\[64, 3\]; expected fp32 \[N, K\] with an even K"),
         ({"x": torch.zeros(64, 2).double()}, r"torch.float64 \[64, 2\]; expected fp32"),
         ({"x": torch.zeros(64)}, r"x is torch.float32 \[64\]; expected fp32 \[N, K\]"),
-        ({"x": torch.zeros(65, 2)}, "65 rows, no multiple of chain_rows 64; append rows of weight 0"),
+        (
+            {"x": torch.zeros(65, 2)},
+            "65 rows, no multiple of chain_rows 64; append rows of weight 0",
+        ),
         ({"row_weight": torch.zeros(63)}, r"row_weight is torch.float32 \[63\] on cpu; expected"),
     ],
 )

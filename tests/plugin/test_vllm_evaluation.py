@@ -3,12 +3,16 @@
 import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from models import change_config, save_model, tiny_config
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
 from pcdvq_quantizer.evaluation.files import ModelFiles
+from pcdvq_quantizer.evaluation.hf_model import Comparison
+from pcdvq_quantizer.evaluation.vllm_model import _compare_top
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
 from pcdvq_quantizer.vptq.plan import VPTQOptions
@@ -27,10 +31,13 @@ def test_vllm_agrees_with_transformers(engine: ProcessPoolExecutor, tmp_path: Pa
     change_config(checkpoint, activations="float")  # as transformers computes with dense weights
     text.write_text("The quick brown fox jumps over the lazy dog. " * 5)
     (tmp_path / "lines").write_text('{"text": "brown fox"}\n{"text": "lazy dog"}\n')
+    (tmp_path / "requests").write_text('{"text": "what?"}\n{"text": "who?"}\n')
     options = {
-        "tasks": ("perplexity", "lambada"),
+        "tasks": ("perplexity", "lambada", "chat"),
         "text": text,
         "lambada": tmp_path / "lines",
+        "requests": tmp_path / "requests",
+        "reference": str(original),
         "window": 60,
         "dtype": "float32",
     }
@@ -41,8 +48,39 @@ def test_vllm_agrees_with_transformers(engine: ProcessPoolExecutor, tmp_path: Pa
         assert found.perplexity.nll == pytest.approx(expected.perplexity.nll, abs=1e-4)
         assert found.perplexity.tokens == 3 * 59
         assert found.lambada.correct == expected.lambada.correct
+        assert found.chat.all.kl == pytest.approx(expected.chat.all.kl, abs=1e-5)
+        assert found.chat.all.first_kl == pytest.approx(expected.chat.all.first_kl, abs=1e-5)
+        assert found.chat.all.tokens == expected.chat.all.tokens
+        assert not found.chat.bound  # of a vocabulary this small vLLM gives all
         assert (found.backend, found.dtype) == ("vllm", "float32")
         assert found.weights == ("dense" if model == original else "packed")
+
+
+def test_divergence_from_the_likeliest_tokens() -> None:
+    """All tokens give the divergence, the likeliest ones a bound from below that is close."""
+    torch.manual_seed(0)
+    theirs = (4 * torch.randn(5, 400)).log_softmax(1)
+    mine = (theirs + 0.3 * torch.randn(5, 400)).log_softmax(1)
+    targets = torch.tensor([0, 7, 1, 399, 3])
+    exact = (theirs.exp() * (theirs - mine)).sum(1)
+    bounds = []
+    for count in (400, 40, 4):
+        rows = [
+            {
+                token: SimpleNamespace(logprob=row[token].item())
+                for token in {*row.topk(count).indices.tolist(), target}
+            }
+            for row, target in zip(mine, targets.tolist(), strict=True)
+        ]
+        found = Comparison.join([_compare_top(rows, theirs, targets)])
+        assert torch.equal(found.agreement.bool(), mine.argmax(1) == theirs.argmax(1))
+        for nll, scores in ((found.nll, mine), (found.reference_nll, theirs)):
+            torch.testing.assert_close(nll, -scores.gather(1, targets[:, None])[:, 0])
+        bounds.append(found.kl)
+    torch.testing.assert_close(bounds[0], exact, rtol=1e-4, atol=1e-5)
+    assert (bounds[1] <= exact + 1e-5).all()
+    assert (bounds[2] <= bounds[1] + 1e-5).all()
+    assert bounds[1].sum() > 0.9 * exact.sum()
 
 
 def test_vllm_serves_what_vptq_makes(engine: ProcessPoolExecutor, tmp_path: Path) -> None:

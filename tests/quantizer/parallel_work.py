@@ -57,22 +57,22 @@ def quantize_all(
 ) -> None:
     """Quantize model after model; that to the directory `interrupted` up to its second layer."""
     from pcdvq_quantizer.calibration import experts
-    from pcdvq_quantizer.calibration.decoder import LayeredModel
+    from pcdvq_quantizer.calibration.run import _Calibration
     from pcdvq_quantizer.run import quantize_share
 
-    def stop(self: LayeredModel, index: int) -> torch.nn.Module:
+    def stop(self: _Calibration, index: int, *rest: Any) -> None:
         if index == 1:
             raise InterruptedError
-        return load(self, index)
+        quantize_layer(self, index, *rest)
 
     experts.FEW_TOKENS = few_tokens
-    load = LayeredModel.load
+    quantize_layer = _Calibration._quantize_layer
     for model, options, output in runs:
         arguments = (processes, progress, model, options, output, False)
         if output.name == interrupted:
-            LayeredModel.load = stop
+            _Calibration._quantize_layer = stop
             with pytest.raises(InterruptedError):
                 quantize_share(*arguments)
-            LayeredModel.load = load
+            _Calibration._quantize_layer = quantize_layer
         else:
             quantize_share(*arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pcdvq_quantizer.hf  # noqa: F401 transformers then loads PCDVQ checkpoints
 import pytest
@@ -15,7 +16,6 @@ from pcdvq_kernels.errors import PCDVQError
 from pcdvq_kernels.hadamard import block_hadamard
 from pcdvq_kernels.reference import dequantize
 from pcdvq_quantizer.calibration import run as calibration
-from pcdvq_quantizer.calibration.decoder import LayeredModel
 from pcdvq_quantizer.calibration.ldlq import cholesky_feedback, ldlq
 from pcdvq_quantizer.calibration.stage import quantize_stage
 from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
@@ -219,21 +219,21 @@ def test_interrupted_calibration_resumes(
     options = replace(OPTIONS, calibration=str(text), embedding_bits=8)
     plan = make_plan(str(model), options)
     quantize_model(plan, tmp_path / "whole")
-    load = LayeredModel.load
-    loaded: list[int] = []
+    quantize_layer = calibration._Calibration._quantize_layer
+    begun: list[int] = []
 
-    def killed_in_the_second(self: LayeredModel, index: int) -> torch.nn.Module:
-        loaded.append(index)
-        if len(loaded) == 2:
+    def killed_in_the_second(self: Any, index: int, *arguments: Any) -> None:
+        begun.append(index)
+        if len(begun) == 2:
             raise KeyboardInterrupt
-        return load(self, index)
+        quantize_layer(self, index, *arguments)
 
-    monkeypatch.setattr(LayeredModel, "load", killed_in_the_second)
+    monkeypatch.setattr(calibration._Calibration, "_quantize_layer", killed_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         quantize_model(plan, tmp_path / "out")
-    monkeypatch.setattr(calibration, "calibration_tokens", None)  # nor is the text needed again
+    monkeypatch.setattr(calibration, "calibration_windows", None)  # nor is the text needed again
     quantize_model(plan, tmp_path / "out")
-    assert loaded == [0, 1, 1, 2]
+    assert begun == [0, 1, 1, 2]
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pcdvq_quantizer.cli import app
 from pcdvq_quantizer.evaluation import EvaluateOptions, EvaluationReport, evaluate, hf_model
 from pcdvq_quantizer.evaluation.data import Sequence
 from pcdvq_quantizer.evaluation.hf_model import HFModel
+from pcdvq_quantizer.evaluation.scores import standard_error
 from pcdvq_quantizer.hf.logits import ChunkedLogits
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_model
@@ -89,6 +91,14 @@ def test_one_window_has_no_standard_error(original: Path, text: Path) -> None:
     found = evaluate(str(original), options(text, windows=1)).perplexity
     assert found is not None
     assert (found.windows, found.perplexity_stderr) == (1, None)
+
+
+def test_standard_error() -> None:
+    """A model that predicts NaN is measured, too."""
+    assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(3**-0.5)
+    assert standard_error([1.0]) is None
+    for bad in (math.inf, math.nan):
+        assert math.isnan(standard_error([1.0, bad]))
 
 
 def test_kl_from_the_original(
@@ -233,6 +243,9 @@ def test_command_line(original: Path, checkpoint: Path, text: Path, tmp_path: Pa
         },
         "lines": 2,
         "bos": False,
+        "requests": None,
+        "answer_tokens": None,
+        "chat_template": None,
     }
     assert found["perplexity"]["tokens"] == found["kl"]["tokens"] == 62
     assert found["lambada"]["lines"] == 2

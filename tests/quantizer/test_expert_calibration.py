@@ -87,7 +87,7 @@ def error(source: Path, checkpoint: Path) -> float:
 def test_calibration(
     config: dict[str, object], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "FEW_TOKENS", 64)
+    monkeypatch.setattr(calibration, "FEW_TOKENS", 128)
     source = save_moe(tmp_path / "model", config)
     errors, notes = {}, Notes()
     for name in (NONE, str(text)):
@@ -99,8 +99,7 @@ def test_calibration(
         errors[name] = error(source, out)
     assert errors[str(text)] < 0.8 * errors[NONE]
     assert_shared_signs(checkpoint)
-    assert len(notes.notes) >= 1
-    assert "experts have less than" in notes.notes[0]
+    assert any("experts have less than" in note for note in notes.notes)
     report = json.loads((tmp_path / "text" / "pcdvq_report.json").read_text())
     outputs = [value["output"] for name, value in report["errors"].items() if experts_of(name)]
     assert len(outputs) == 2 * 4 * 3

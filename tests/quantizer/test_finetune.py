@@ -13,7 +13,7 @@ from models import change_config, save_model, tiny_config
 from pcdvq_kernels.checkpoint import open_checkpoint
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.cli import app
-from pcdvq_quantizer.evaluation.files import ModelFiles
+from pcdvq_quantizer.evaluation.files import ModelFiles, find_reference
 from pcdvq_quantizer.evaluation.hf_model import load_causal_lm
 from pcdvq_quantizer.finetune import (
     FinetuneOptions,
@@ -27,6 +27,7 @@ from pcdvq_quantizer.finetune.distillation import Distillation
 from pcdvq_quantizer.finetune.student import Student
 from pcdvq_quantizer.finetune.training import Windows
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.run import quantize_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -81,7 +82,8 @@ def plain_kl(original: PreTrainedModel, model: PreTrainedModel, windows: Tensor)
 
 def windows_of(checkpoint: Path, options: FinetuneOptions) -> Windows:
     files = ModelFiles.find(str(checkpoint))
-    return run._hold_out(run._make_windows(files, files, options), options)
+    reference = find_reference(files, None)
+    return run._hold_out(run._make_windows(files, reference, options, Progress()), options)
 
 
 def test_result_is_better_and_serves_as_measured(
@@ -267,7 +269,8 @@ def test_text_is_repeated_and_holdout_kept_apart(
 ) -> None:
     windows = windows_of(checkpoint, replace(options, tokens=10**6))
     assert len(windows.holdout) == 4
-    assert len(windows.training) == 3000 // 48 - 4
+    # A third as many windows of what the model makes of requests come to those of the text.
+    assert len(windows.training) == 3000 // 48 + 21 - 4
     both = torch.cat([windows.training, windows.holdout])
     assert len(both.unique(dim=0)) == len(both)
 
@@ -296,7 +299,7 @@ def test_bad_input(checkpoint: Path, options: FinetuneOptions, tmp_path: Path) -
     refused("--windows-per-step is 0", windows_per_step=0)
     refused("--minutes", minutes=0.0)
     refused("--learning-rate is 2", learning_rate=2.0)
-    refused("62 windows of 48 tokens, 99 are held out", holdout=99)
+    refused("83 windows of 48 tokens, 99 are held out", holdout=99)
     refused("less than one window", calibration=_short_text(tmp_path), tokens=960)
     refused("neither a local directory", reference=str(tmp_path / "missing"))
     other = save_model(tmp_path / "other", tiny_config(vocab_size=300))

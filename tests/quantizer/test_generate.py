@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from models import save_model, tiny_config
-from pcdvq_quantizer.calibration.generate import generate_documents, prompts, without_loops
+from pcdvq_quantizer.calibration.generate import (
+    OPENINGS,
+    generate_documents,
+    prompts,
+    without_loops,
+)
+from pcdvq_quantizer.chat import bundled
 from pcdvq_quantizer.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -39,14 +46,14 @@ def test_documents(model: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     assert write(1) != documents
 
 
-def test_openings_and_requests(tokenizer: PreTrainedTokenizerBase) -> None:
-    plain = [tuple(ids) for ids in islice(prompts(tokenizer, 0), 96)]
-    assert len(set(plain)) == 96
-    tokenizer.chat_template = "REQUEST {{ messages[0]['content'] }}"
-    start = tokenizer("REQUEST")["input_ids"]
-    is_request = [ids[: len(start)] == start for ids in islice(prompts(tokenizer, 0), 400)]
-    assert is_request == [False, False, False, True] * 100
-    tokenizer.chat_template = None
+def test_openings(tokenizer: PreTrainedTokenizerBase) -> None:
+    openings = bundled(OPENINGS).read_text(encoding="utf-8").splitlines()
+    assert len(openings) > 100
+    found = [tuple(ids) for ids in islice(prompts(tokenizer, 0), 2 * len(openings))]
+    expected = Counter(tuple(tokenizer(line)["input_ids"]) for line in openings)
+    for half in (found[: len(openings)], found[len(openings) :]):
+        assert Counter(half) == expected
+    assert found[: len(openings)] != found[len(openings) :]
 
 
 def test_texts_that_loop_are_left_out(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,9 +19,10 @@ from pcdvq_kernels.checkpoint import REPORT_FILE
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import cli
 from pcdvq_quantizer.card import write_model_card
+from pcdvq_quantizer.evaluation.chat import AnswerFigures, ChatFigures
 from pcdvq_quantizer.evaluation.data import DataFile
 from pcdvq_quantizer.evaluation.report import EvaluationReport, Protocol
-from pcdvq_quantizer.evaluation.scores import LastWord, Perplexity
+from pcdvq_quantizer.evaluation.scores import Accuracy, Perplexity
 from pcdvq_quantizer.finetune import FinetuneOptions
 from pcdvq_quantizer.hub import push
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
@@ -50,17 +51,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of `pcdvq eval --json`."""
     text, lines = DataFile("wiki.raw", "ab" * 32), DataFile("lambada.jsonl", "cd" * 32)
+    answers = AnswerFigures(0.0521, 0.004, 0.07, 0.01, 0.91, 0.9, 99, 3400)
+    requests = DataFile("requests.jsonl", "ef" * 32)
     report = EvaluationReport(
         model="/home/someone/out",
         backend="hf",
         dtype="float32",
         weights="dense",
-        protocol=Protocol(text, 2048, 40, lines, 500, bos=False),
+        protocol=Protocol(text, 2048, 40, lines, 500, False, requests, 40, True),
         perplexity=Perplexity(21.1375, 0.8, 3.05, 40, 81880, 9.0),
         kl=None,
-        lambada=LastWord(0.425, 0.022, 212, 500, 9.0),
+        lambada=Accuracy(0.425, 0.022, 212, 500, 9.0),
         seconds=20.0,
         versions={},
+        chat=ChatFigures(answers, {"code": answers}, "org/original", bound=True, seconds=60.0),
     )
     path = tmp_path_factory.mktemp("eval") / "eval.json"
     path.write_text(report.to_json())
@@ -179,6 +183,11 @@ def test_card(checkpoint: Path, evaluation: Path) -> None:
     assert f"--skip '*.k_proj' {rates} --objective hessian --effort auto\n" in card
     finetune = "pcdvq finetune OUT OUT --calibration text.txt --reference tiny --tokens 4096"
     assert f"{finetune} --overwrite\n" in card
+    assert (
+        "| out | chat KL, nats | at least 0.0521 | 0.0040 | requests.jsonl, 99 answers of "
+        "org/original |" in card
+    )
+    assert "| out |   same top token | 91.0 %" in card
     assert "| out | last word | 42.5 % | 2.2 % | lambada.jsonl, 500 lines |" in card
     weights = 2 * (64 * 64 * 2 + 32 * 64 + 3 * 64 * 192)
     assert f"({2 * weights / 2**20:.1f} MiB at 16 bits per weight)" in card

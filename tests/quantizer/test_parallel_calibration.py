@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pcdvq_quantizer.hf  # noqa: F401 transformers then loads PCDVQ checkpoints
 import pytest
@@ -14,8 +15,8 @@ from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import cli
 from pcdvq_quantizer import launch as launching
 from pcdvq_quantizer.calibration import experts
-from pcdvq_quantizer.calibration.decoder import LayeredModel
 from pcdvq_quantizer.calibration.parallel import Processes
+from pcdvq_quantizer.calibration.run import _Calibration
 from pcdvq_quantizer.launch import launch
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_in_processes, quantize_model
@@ -36,7 +37,7 @@ RUNS = {
 ALIKE = [name for name in RUNS if name != "fisher"]
 FEW_TOKENS = 300  # more than an expert can have in one process
 SAME_CODES = 0.98
-DIVERGENCE = 0.02  # relative, of the log-probabilities' error
+DIVERGENCE = 0.03  # relative, of the log-probabilities' error
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +62,18 @@ def outputs(directory: Path) -> tuple[Path, Path, dict[int, Notes]]:
     """Directories of checkpoints made by one process and by several, and what these told."""
     one, several = directory / "one", directory / "several"
     notes = {1: Notes(), COUNT: Notes()}
-    load = LayeredModel.load
+    quantize_layer = _Calibration._quantize_layer
 
-    def stop(self: LayeredModel, index: int) -> torch.nn.Module:
+    def stop(self: _Calibration, index: int, *rest: Any) -> None:
         if index == 2:
             raise KeyboardInterrupt
-        return load(self, index)
+        quantize_layer(self, index, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experts, "FEW_TOKENS", FEW_TOKENS)
         for name in RUNS:
             quantize_model(make_plan(*arguments(directory, name)), one / name, progress=notes[1])
-        patch.setattr(LayeredModel, "load", stop)
+        patch.setattr(_Calibration, "_quantize_layer", stop)
         plan = make_plan(*arguments(directory, "trellis"))
         with pytest.raises(KeyboardInterrupt):
             quantize_model(plan, several / "begun by one")
@@ -116,7 +117,9 @@ def test_progress_is_that_of_one_process(outputs: tuple[Path, Path, dict[int, No
     """Also which experts have few tokens."""
     _, _, notes = outputs
     assert any("4 of 4 experts" not in note for note in notes[1].notes)
-    assert notes[COUNT].notes == notes[1].notes
+    told = [[note for note in notes[n].notes if "held-out" not in note] for n in (1, COUNT)]
+    assert told[0] == told[1]
+    assert len(notes[1].notes) == len(told[0]) + len(RUNS)
     assert notes[COUNT].total > 0
 
 

@@ -227,15 +227,29 @@ def test_perplexities(checkpoint: Path, tmp_path: Path) -> None:
     page = Page(write_report(checkpoint, tmp_path / "page.html", files))
     assert len(page.plots) == PLOTS + 1
     bits = open_checkpoint(checkpoint).bits_per_weight
-    assert page.row(str(checkpoint)) == [f"{bits:.3f}", "23.457"]
-    assert page.row(str(original)) == ["unquantized", "20.123"]
+    assert page.row(str(checkpoint)) == [f"{bits:.3f}", "23.457", "-", "-", "-"]
+    assert page.row(str(original)) == ["unquantized", "20.123", "-", "-", "-"]
+    assert "Answers were not measured" in page.text
     assert "5 windows of 64 tokens of wiki.txt" in page.text
     plot = page.plots["Perplexity by bits per weight"]
     assert f">{checkpoint}<" in plot
     assert f">{original}<" in plot
     without = write_report(checkpoint, tmp_path / "without.html").read_text()
     assert "Not measured yet" in without
-    assert "pcdvq eval tiny --text FILE --json eval.json" in without
+    assert "pcdvq eval tiny --tasks perplexity,chat --text FILE" in without
+
+
+def test_answers(checkpoint: Path, tmp_path: Path) -> None:
+    """Chat KL stands beside perplexity."""
+    figures = {
+        "kl": 0.25, "kl_stderr": 0.01, "first_kl": 0.5, "first_kl_stderr": None,
+        "agreement": 0.875, "first_agreement": 0.5, "answers": 9, "tokens": 300,
+    }  # fmt: skip
+    chat = {"all": figures, "kinds": {}, "reference": "original", "bound": False, "seconds": 2.0}
+    file = evaluation(tmp_path / "a.json", checkpoint, 23.4567, chat=chat)
+    page = Page(write_report(checkpoint, tmp_path / "page.html", (file,)))
+    assert page.row(str(checkpoint))[1:] == ["23.457", "0.2500", "0.5000", "87.5 %"]
+    assert "Answers were not measured" not in page.text
 
 
 def test_where_evaluations_find_bits(checkpoint: Path, tmp_path: Path) -> None:

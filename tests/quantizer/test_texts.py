@@ -10,7 +10,7 @@ import pytest
 from models import save_model, tiny_config
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.calibration.text import read_documents
-from pcdvq_quantizer.evaluation.data import read_last_words, read_windows
+from pcdvq_quantizer.evaluation.data import Sequence, read_passages, read_windows
 from pcdvq_quantizer.plan import text_identity
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,6 +22,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
     return AutoTokenizer.from_pretrained(
         save_model(tmp_path_factory.mktemp("model") / "m", tiny_config())
     )
+
+
+def last_words(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Sequence]:
+    _, passages = read_passages(path, limit)
+    return [passage.sequence(tokenizer, bos=False) for passage in passages]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +50,7 @@ def test_text_is_that_of_the_plain_file(
     path = path.rename(path.with_suffix(".JSONL"))
     assert read_documents(str(path)) == ["one\ntwo", "\nthree four"]
     path.write_bytes(codecs.BOM_UTF8 + b'{"text": "one two\\r\\n"}\r\n\r\n{"text": "three four"}')
-    _, lines = read_last_words(path, tokenizer, 9, bos=False)
+    lines = last_words(path, tokenizer, 9)
     assert [bytes(line.tokens.tolist()) for line in lines] == [b"one two\n", b"three four"]
 
 
@@ -59,7 +64,7 @@ def test_characters_that_end_no_line(
     path = tmp_path / "lines.jsonl"
     path.write_text(f"{escaped}\n{escaped}\n", encoding="utf-8")
     assert read_documents(str(path)) == [text, text]
-    assert len(read_last_words(path, tokenizer, 9, bos=False)[1]) == 2
+    assert len(last_words(path, tokenizer, 9)) == 2
 
 
 @pytest.mark.parametrize(
@@ -89,14 +94,14 @@ def test_bad_text(
     with pytest.raises(PCDVQError, match=message):
         read_documents(str(path))
     with pytest.raises(PCDVQError, match=message):
-        read_last_words(path, tokenizer, 9, bos=False)
+        last_words(path, tokenizer, 9)
 
 
 def test_limit_is_of_records(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """What comes after the last one is nobody's concern."""
     path = tmp_path / "lines.jsonl"
     path.write_text('{"text": "a b"}\n\n{"text": "c d"}\nnonsense')
-    assert len(read_last_words(path, tokenizer, 2, bos=False)[1]) == 2
+    assert len(last_words(path, tokenizer, 2)) == 2
 
 
 def test_files_that_cannot_be_read(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +58,30 @@ class LayeredModel:
     def check(self) -> None:
         """Raises PCDVQError if decoder layers hand on more than one stream of hidden states."""
         _ = self._tuples
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights, in fp32."""
+        return 4 * sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the whole model fits into the memory that is left on its device."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            with suppress(OSError, IndexError, ValueError):  # Linux counts caches too
+                text = Path("/proc/meminfo").read_text(encoding="ascii")
+                free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
+        return self.bytes < free
+
+    @property
+    def predicts(self) -> bool:
+        """Whether its output head is stored, without which it cannot write or predict text."""
+        self._materialize_except_layers()
+        head = self.model.get_output_embeddings()
+        return head is None or self._missing(head) is None
 
     def embed(self, tokens: Tensor, embedding: Tensor | None = None) -> tuple[Tensor, list[Call]]:
         """The input of the first decoder layer, and how each layer is called.
@@ -211,10 +237,16 @@ class LayeredModel:
 
     def _require(self, module: nn.Module, why: str) -> None:
         """Raise PCDVQError if a parameter of `module`, decoder layers apart, is not stored."""
+        if (name := self._missing(module)) is not None:
+            raise PCDVQError(f"{self._source.name} stores nothing as {name}, {why}")
+
+    def _missing(self, module: nn.Module) -> str | None:
+        """A parameter of `module`, decoder layers apart, that is not stored; None if all are."""
         wanted = {id(parameter) for parameter in module.parameters() if parameter.is_meta}
         for name, parameter in self.model.named_parameters():
             if id(parameter) in wanted and not name.startswith(f"{self.prefix}."):
-                raise PCDVQError(f"{self._source.name} stores nothing as {name}, {why}")
+                return name
+        return None
 
     def _materialize_except_layers(self) -> None:
         for name, module in self.model.named_modules():

@@ -68,6 +68,14 @@ class Processes:
         dist.all_gather_object(values, value)
         return all(each == value for each in values)
 
+    def all_of(self, numbers: set[int]) -> set[int]:
+        """The `numbers` of all processes."""
+        if self.count == 1:
+            return numbers
+        sets: list[set[int]] = [set()] * self.count
+        dist.all_gather_object(sets, numbers)
+        return set().union(*sets)
+
     def once(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `make` gives, which process 0 alone calls, on all cores."""
         if self.count == 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -12,20 +14,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pcdvq_quantizer.calibration.allocation import choose_rates
+from pcdvq_quantizer.calibration.damping import choose_damping
 from pcdvq_quantizer.calibration.decoder import Call, LayeredModel
 from pcdvq_quantizer.calibration.experts import FEW_TOKENS, Routed, quantize_experts
+from pcdvq_quantizer.calibration.mixture import Windows, calibration_windows
 from pcdvq_quantizer.calibration.objectives import HESSIAN, OBJECTIVES, Objective
 from pcdvq_quantizer.calibration.objectives.base import StageObjective, Text
 from pcdvq_quantizer.calibration.parallel import ALONE, Processes
 from pcdvq_quantizer.calibration.replay import Replay, run_original, text_decides
-from pcdvq_quantizer.calibration.statistics import Inputs, InputStatistics
-from pcdvq_quantizer.calibration.text import calibration_tokens
+from pcdvq_quantizer.calibration.statistics import Damping, Inputs, InputStatistics
+from pcdvq_quantizer.calibration.trust import HeldOut, measure_held_out
+from pcdvq_quantizer.calibration.weights import lengths, without_outliers
 from pcdvq_quantizer.experts import Experts, experts_of
 from pcdvq_quantizer.files import save_whole
-from pcdvq_quantizer.plan import PCDVQPlan, Plan
+from pcdvq_quantizer.plan import PCDVQPlan, Plan, RunOptions
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import CheckpointWriter
 
+# Damping is chosen in every so many decoder layers, for it takes several factorisations.
+CHOICE_LAYERS = 4
+GOOD_BITS = 4.0
 STATE_FILE = "calibration.safetensors"
 
 
@@ -37,25 +45,30 @@ class CalibrationState:
 
     Attributes:
         next_layer: index of the first decoder layer that is not quantized.
-        tokens: int64 [S, T], the calibration text, all of it.
+        windows: the calibration text, all of it.
         original: fp32 [S, T, H], hidden states before `next_layer` in the original model.
         quantized: the same in the model quantized so far.
+        damping: of each stage of a decoder layer, as last chosen; by the names of its linears.
     """
 
     next_layer: int
-    tokens: Tensor
+    windows: Windows
     original: Tensor
     quantized: Tensor
+    damping: dict[str, Damping] = field(default_factory=dict)
 
     def save(self, directory: Path, processes: Processes = ALONE) -> None:
         """Process 0 writes what all have."""
+        count = len(self.windows.tokens)
         tensors = {
-            "tokens": self.tokens,
-            "original": processes.gather(self.original.cpu(), len(self.tokens)),
-            "quantized": processes.gather(self.quantized.cpu(), len(self.tokens)),
+            **vars(self.windows),
+            "original": processes.gather(self.original.cpu(), count),
+            "quantized": processes.gather(self.quantized.cpu(), count),
         }
         if processes.rank == 0:
-            save_whole(tensors, directory / STATE_FILE, {"next_layer": str(self.next_layer)})
+            damping = {name: (each.feedback, each.target) for name, each in self.damping.items()}
+            metadata = {"next_layer": str(self.next_layer), "damping": json.dumps(damping)}
+            save_whole(tensors, directory / STATE_FILE, metadata)
 
     @classmethod
     def load(
@@ -64,18 +77,22 @@ class CalibrationState:
         """The state in `directory`, with this process's share of the hidden states, or None."""
         try:
             with safe_open(directory / STATE_FILE, framework="pt") as file:
-                tokens = file.get_tensor("tokens")
-                share = processes.share(len(tokens))
+                names = [field.name for field in fields(Windows)]
+                windows = Windows(*(file.get_tensor(name) for name in names))
+                share = processes.share(len(windows.tokens))
                 hidden = [file.get_slice(name)[share] for name in ("original", "quantized")]
                 next_layer = int(file.metadata()["next_layer"])
+                chosen = json.loads(file.metadata()["damping"])
         except (FileNotFoundError, SafetensorError):
             return None
-        return cls(next_layer, tokens, *(each.to(device) for each in hidden))
+        damping = {name: Damping(*each) for name, each in chosen.items()}
+        original, quantized = (each.to(device) for each in hidden)
+        return cls(next_layer, windows, original, quantized, damping)
 
 
 def calibrate(
     plan: Plan, writer: CheckpointWriter, progress: Progress, processes: Processes = ALONE
-) -> Plan:
+) -> tuple[Plan, HeldOut | None]:
     """Quantize all decoder layers of `plan`; finished ones go to the writer.
 
     A run that was interrupted continues after the last decoder layer it finished.
@@ -84,7 +101,8 @@ def calibrate(
         processes: that do it together; all call this. Only process 0 writes.
 
     Returns:
-        The plan, with the rates that were chosen where those differ by layer.
+        (the plan, with the rates that were chosen where those differ by layer; what windows that
+        were held out say of the result).
 
     Raises:
         PCDVQError: the calibration text cannot be used or has fewer windows than there are
@@ -102,16 +120,31 @@ def calibrate(
                 _begin(plan, writer, model, progress)
                 state = CalibrationState.load(directory, device, processes)
                 assert state is not None
-            check_windows(len(state.tokens), processes.count)
+            tokens = state.windows.learnt
+            check_windows(len(tokens), processes.count)
             if isinstance(plan, PCDVQPlan) and plan.options.is_mixed:
-                plan = choose_rates(plan, model, state.tokens, directory, progress)
-            text = Text(state.tokens, plan.options.seed)
+                plan = choose_rates(plan, model, tokens, directory, progress)
+            text = Text(tokens, plan.options.seed)
             objective.prepare(model, plan.selection.linears, text, progress)
         progress.start(f"Quantizing {len(plan.selection.layers)} layers", plan.weights)
         if plan.selection.embedding is not None:  # done with the first hidden states
             progress.advance(plan.size(plan.selection.embedding))
         _Calibration(plan, writer, model, objective, progress, processes).run(state)
-    return plan
+        held_out = None
+        if model.predicts:
+            outputs = state.original, state.quantized
+            held_out = measure_held_out(model, state.windows, *outputs, processes)
+    if held_out is not None:
+        progress.note(held_out.sentence(remedy(plan.options)))
+    return plan, held_out
+
+
+def remedy(options: RunOptions) -> str:
+    """What may help a model that `options` have changed much."""
+    bits = getattr(options, "bits", GOOD_BITS)
+    if bits < GOOD_BITS:
+        return f"try --bits {GOOD_BITS:g}, or `pcdvq finetune`"
+    return "try more --samples or other text for --calibration"
 
 
 def check_windows(windows: int, processes: int) -> None:
@@ -126,12 +159,12 @@ def check_windows(windows: int, processes: int) -> None:
 def _begin(plan: Plan, writer: CheckpointWriter, model: LayeredModel, progress: Progress) -> None:
     """Save the state before the first decoder layer."""
     model.check()  # before text is written for it
-    tokens = calibration_tokens(plan, model, progress)
-    original, _ = model.embed(tokens)
+    windows = calibration_windows(plan, model, progress)
+    original, _ = model.embed(windows.tokens)
     quantized = original.clone()
     if isinstance(plan, PCDVQPlan) and plan.selection.embedding is not None:
-        quantized = _embed_quantized(plan, plan.selection.embedding, writer, model, tokens)
-    CalibrationState(0, tokens, original, quantized).save(writer.work_directory)
+        quantized = _embed_quantized(plan, plan.selection.embedding, writer, model, windows.tokens)
+    CalibrationState(0, windows, original, quantized).save(writer.work_directory)
 
 
 def _embed_quantized(
@@ -166,7 +199,7 @@ class _Calibration:
         self._processes = processes
 
     def run(self, state: CalibrationState) -> None:
-        _, calls = self._model.embed(state.tokens[:1])
+        _, calls = self._model.embed(state.windows.tokens[:1])
         for index, name in enumerate(self._model.layers):
             if index < state.next_layer:
                 self._progress.advance(sum(map(self._plan.size, self._linears(name))))
@@ -186,22 +219,56 @@ class _Calibration:
         if not self._processes.agree([(s.linears, s.residual is None) for s in stages]):
             raise text_decides()
         replay = Replay(layer, call, state.quantized, stages)
+        share = self._processes.share(len(state.windows.tokens))
+        kinds = state.windows.kinds[share].tolist()
+        costs = state.windows.weights * ~state.windows.held[:, None]
+        length = self._processes.gather(lengths(state.original, original), len(costs))
+        costs = without_outliers(costs, length)[share]
         for number, stage in enumerate(stages):
             experts = layer.get_submodule(stage.linears[0])
             if isinstance(experts, Experts):
-                self._quantize_experts(f"{name}.{stage.linears[0]}", experts, replay, number)
+                learnt = ~state.windows.held[share]
+                path = f"{name}.{stage.linears[0]}"
+                self._quantize_experts(path, experts, replay, number, learnt.tolist())
             else:
                 names = [f"{name}.{linear}" for linear in stage.linears]
                 goal = self._objective.stage(names)
-                weights = goal.weights
-                if weights is not None:
-                    weights = weights[self._processes.share(len(weights))]
-                pairs = _pairs(replay, number, weights)
-                statistics = InputStatistics.gather(pairs, self._processes)
+                weights = costs
+                if goal.weights is not None:
+                    weights = state.windows.spread(goal.weights)[share]
+                pairs = _pairs(replay, number, weights, kinds)
+                found = InputStatistics.gather_kinds(pairs, self._processes)
+                statistics = self._damped(names, found, index, state.damping)
                 self._quantize_linears(names, statistics, goal)
             stage.inputs.clear()
         state.original, state.quantized = original, replay.output()
         self._model.unload(index)
+
+    def _damped(
+        self,
+        names: list[str],
+        kinds: list[InputStatistics],
+        index: int,
+        chosen: dict[str, Damping],
+    ) -> InputStatistics:
+        """The moments of all `kinds` of text, with the damping of linears `names` in layer `index`.
+
+        It is chosen in some layers, and kept for those after.
+        """
+        moments = InputStatistics.merge(kinds)
+        if len(kinds) == 1:
+            return moments
+        stage = " ".join(name.removeprefix(f"{self._model.layers[index]}.") for name in names)
+        start = chosen.get(stage)
+        if start is None or index % CHOICE_LAYERS == 0:
+            weight = torch.cat([self._model.model.get_parameter(f"{n}.weight").data for n in names])
+
+            def choose() -> tuple[Tensor]:
+                best = choose_damping(kinds, weight, start or moments.damping)
+                return (torch.tensor([best.feedback, best.target], dtype=torch.float64),)
+
+            chosen[stage] = Damping(*self._processes.once(choose)[0].tolist())
+        return replace(moments, chosen=chosen[stage])
 
     def _quantize_linears(
         self, names: list[str], statistics: InputStatistics, goal: StageObjective | None = None
@@ -219,10 +286,12 @@ class _Calibration:
             weight.data = decoded.to(weight.device)
         self._progress.advance(sum(map(self._plan.size, names)))
 
-    def _quantize_experts(self, name: str, experts: Experts, replay: Replay, number: int) -> None:
-        """Quantize the experts `name`, stage `number` of a decoder layer."""
-        arguments = zip(*replay.arguments(number), strict=True)
-        inputs = replay.stages[number].inputs
+    def _quantize_experts(
+        self, name: str, experts: Experts, replay: Replay, number: int, learnt: list[bool]
+    ) -> None:
+        """Quantize the experts `name`, stage `number` of a decoder layer, on windows `learnt`."""
+        arguments = zip(*compress(replay.arguments(number), learnt), strict=True)
+        inputs = list(compress(replay.stages[number].inputs, learnt))
         routed = Routed(torch.cat(inputs), *(torch.cat(each) for each in arguments))
         few = quantize_experts(name, experts, routed, self._quantize_linears, self._processes)
         if few:
@@ -235,10 +304,10 @@ class _Calibration:
         return [name for name in self._plan.selection.layers if name.startswith(f"{layer}.")]
 
 
-def _pairs(replay: Replay, number: int, weights: Tensor | None) -> Iterator[Inputs]:
+def _pairs(replay: Replay, number: int, weights: Tensor, kinds: list[int]) -> Iterator[Inputs]:
     """Inputs of stage `number` in both models; its linears are the original's.
 
-    `weights` fp32 [S, T] are those of tokens.
+    `weights` fp32 [S, T] are those of tokens, `kinds` those of windows.
     """
     stage = replay.stages[number]
     weight = replay.layer.get_parameter(f"{stage.linears[0]}.weight")
@@ -247,7 +316,7 @@ def _pairs(replay: Replay, number: int, weights: Tensor | None) -> Iterator[Inpu
         if stage.residual is not None:
             drift = stage.residual[sequence] - replay.residual[sequence]
             lack = drift.addmm(original - x, weight.T)
-        yield Inputs(original, x, lack, None if weights is None else weights[sequence])
+        yield Inputs(original, x, lack, weights[sequence], kinds[sequence])
 
 
 def _check_finite(values: Tensor, what: str) -> None:

@@ -10,6 +10,7 @@ from pcdvq_kernels.hadamard import block_hadamard
 from pcdvq_kernels.packing import pack_codes, pack_signs
 from torch import Tensor
 
+from pcdvq_quantizer.calibration.damping import damped
 from pcdvq_quantizer.calibration.kronecker import RowFactor, kronecker_ldlq
 from pcdvq_quantizer.calibration.ldlq import cholesky_feedback, ldlq
 from pcdvq_quantizer.calibration.objectives.base import OutputFisher
@@ -24,10 +25,6 @@ from pcdvq_quantizer.layer import (
     refit_row_scales,
     relative,
 )
-
-# Added to the diagonal of a Hessian, as a share of its mean: see QUALITY.md.
-DAMPING_TOKENS = 720  # 0.03 at 24 thousand tokens, more where the Hessian is less certain
-TARGET_DAMPING = 0.5
 
 
 def quantize_stage(
@@ -119,7 +116,7 @@ class Moments(NamedTuple):
 def prepare_moments(moments: InputStatistics, columns: int) -> Moments:
     """Everything that costs K^3 operations, whatever the number of rows."""
     hessian, feedback = damped_feedback(moments, columns)
-    factor = torch.linalg.cholesky(_damped(moments.hessian, TARGET_DAMPING))
+    factor = torch.linalg.cholesky(damped(moments.hessian, moments.damping.target))
     wanted = moments.cross if moments.lack is None else moments.lack
     return Moments(hessian, feedback, factor, wanted)
 
@@ -162,11 +159,11 @@ def damped_feedback(moments: InputStatistics, columns: int) -> tuple[Tensor, Ten
     Dead inputs, or fewer tokens than columns, make a Hessian singular: the damping grows until it
     can be factored.
     """
-    share = min(1.0, DAMPING_TOKENS / moments.tokens)
+    share = moments.damping.feedback
     while True:
-        damped = _damped(moments.hessian, share)
+        hessian = damped(moments.hessian, share)
         try:
-            return damped.float(), cholesky_feedback(damped, columns)
+            return hessian.float(), cholesky_feedback(hessian, columns)
         except torch.linalg.LinAlgError:
             share *= 10
 
@@ -178,12 +175,6 @@ def asymmetric_target(original: Tensor, moments: Moments, lack: Tensor | None) -
     """
     right = original.double() @ moments.wanted if lack is None else lack
     return original + torch.cholesky_solve(right.T, moments.factor).T.float()
-
-
-def _damped(hessian: Tensor, share: float) -> Tensor:
-    """`hessian` with `share` of its mean diagonal added to the diagonal."""
-    mean = hessian.diagonal().mean().item() or 1.0
-    return hessian + share * mean * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
 def energy(error: Tensor, hessian: Tensor) -> Tensor:

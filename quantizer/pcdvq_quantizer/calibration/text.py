@@ -1,4 +1,4 @@
-"""Calibration text: a file, a dataset, or text the model itself writes."""
+"""Calibration text from a file or a dataset, and windows of it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,6 @@ from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pcdvq_quantizer.calibration.decoder import LayeredModel
-from pcdvq_quantizer.calibration.generate import all_prompts, generate_documents
-from pcdvq_quantizer.limits import Limits
-from pcdvq_quantizer.plan import SELF, Plan
-from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.sources import Source, reason
 from pcdvq_quantizer.texts import (
     JSONL_SUFFIXES,
@@ -29,28 +24,6 @@ from pcdvq_quantizer.texts import (
 )
 
 MAX_DOCUMENTS = 100_000  # of a dataset, which may be larger than memory
-
-
-def calibration_tokens(plan: Plan, model: LayeredModel, progress: Progress) -> Tensor:
-    """The calibration text that `plan.options` ask for, int64 [S, T].
-
-    Raises:
-        PCDVQError: there is no tokenizer, or the text cannot be used.
-    """
-    options, limits = plan.options, Limits.of(plan.source.name, plan.source.config)
-    tokenizer = load_tokenizer(plan.source)
-    length = limits.fit_window(options.sequence_length, "--sequence-length", 0, progress.note)
-    if options.calibration == SELF:
-        wanted = options.samples * length
-        limits.check_tokens(all_prompts(tokenizer), tokenizer, plan.source.name)
-        progress.start("Writing calibration text", wanted)
-        with model.whole() as whole:
-            documents = generate_documents(whole, tokenizer, wanted, options.seed, progress)
-    else:
-        documents = tokenize(tokenizer, read_documents(options.calibration))
-    windows = sample_windows(tokenizer, documents, options.samples, length)
-    limits.check_tokens(windows.tolist(), tokenizer, plan.source.name)
-    return windows
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

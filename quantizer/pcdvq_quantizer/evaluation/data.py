@@ -12,6 +12,7 @@ import torch
 from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
 
+from pcdvq_quantizer.chat import EVALUATION, Request, bundled, requests_of
 from pcdvq_quantizer.texts import read_bytes, records_of, text_of
 
 if TYPE_CHECKING:
@@ -65,27 +66,62 @@ def read_windows(
     ]
 
 
-def read_last_words(
-    path: Path, tokenizer: PreTrainedTokenizerBase, limit: int, bos: bool
-) -> tuple[DataFile, list[Sequence]]:
-    """The first `limit` records of a JSONL file; scored is what follows the last space of `text`.
+@dataclass(frozen=True)
+class Passage:
+    """A line of a JSONL file: its text up to the last space, and the word after that."""
+
+    where: str
+    context: str
+    word: str
+
+    def sequence(self, tokenizer: PreTrainedTokenizerBase, bos: bool) -> Sequence:
+        """The passage, of which the last word is scored; errors as `ending`."""
+        return self.ending(self.word, tokenizer, bos)
+
+    def ending(self, word: str, tokenizer: PreTrainedTokenizerBase, bos: bool) -> Sequence:
+        """The passage with `word` as its last one, which is scored.
+
+        Raises:
+            PCDVQError: the tokenizer makes nothing of the word.
+        """
+        prefix = _prefix(tokenizer, bos)
+        ids, known = _encode(tokenizer, f"{self.context} {word}"), _encode(tokenizer, self.context)
+        if not 0 < len(known) < len(ids):
+            raise _no_last_word(self.where)
+        return Sequence(torch.tensor(prefix + ids), len(ids) - len(known))
+
+
+def read_passages(path: Path, limit: int) -> tuple[DataFile, list[Passage]]:
+    """The first `limit` lines of a JSONL file.
 
     Raises:
-        PCDVQError: unreadable, not UTF-8, empty, or a line that is not such an object.
+        PCDVQError: unreadable, not UTF-8, empty, or a line that is not such an object or one word.
     """
     content, source = _read(path)
-    prefix = _prefix(tokenizer, bos)
-    sequences = []
+    passages = []
     for where, text in islice(records_of(content, path), limit):
         context, _, word = text.rpartition(" ")
-        ids, known = _encode(tokenizer, text), len(_encode(tokenizer, context))
-        if not context.strip() or not word.strip() or not 0 < known < len(ids):
-            raise PCDVQError(
-                f"{where} has no last word to predict: its text needs a space with "
-                "words on both sides"
-            )
-        sequences.append(Sequence(torch.tensor(prefix + ids), len(ids) - known))
-    return source, sequences
+        if not context.strip() or not word.strip():
+            raise _no_last_word(where)
+        passages.append(Passage(where, context, word))
+    return source, passages
+
+
+def _no_last_word(where: str) -> PCDVQError:
+    return PCDVQError(
+        f"{where} has no last word to predict: its text needs a space with words on both sides"
+    )
+
+
+def read_requests(path: Path | None, limit: int) -> tuple[DataFile, list[Request]]:
+    """The first `limit` requests of a JSONL file, None: of this package's; see `requests_of`.
+
+    Raises:
+        PCDVQError: unreadable, not UTF-8, empty, or a line that is no request.
+    """
+    path = path or bundled(EVALUATION)
+    content, source = _read(path)
+    return source, list(islice(requests_of(content, path), limit))
 
 
 def _read(path: Path) -> tuple[bytes, DataFile]:

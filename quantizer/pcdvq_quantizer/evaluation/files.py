@@ -90,7 +90,7 @@ class ModelFiles:
         if context is not None and tokens > context:
             raise PCDVQError(
                 f"{self.name} takes {context} tokens, this evaluation needs {tokens}; give shorter "
-                "lines"
+                "lines or requests"
             )
 
 

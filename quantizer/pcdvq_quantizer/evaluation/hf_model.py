@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import pcdvq_quantizer.hf  # noqa: F401 (registers the quantization method)
+from pcdvq_quantizer.continuation import continue_texts
 from pcdvq_quantizer.evaluation.data import Sequence
 from pcdvq_quantizer.evaluation.files import ModelFiles
 from pcdvq_quantizer.hf.logits import CHUNK_POSITIONS, ChunkedLogits
@@ -22,12 +23,24 @@ from pcdvq_quantizer.sources import reason
 
 @dataclass(frozen=True)
 class Comparison:
-    """Means over the scored tokens of one sequence; nats."""
+    """Two models on one sequence; each fp32 [scored], on the CPU.
 
-    nll: float
-    reference_nll: float
-    kl: float
-    agreement: float
+    Attributes:
+        nll: negative log-likelihood of the tokens, nats.
+        reference_nll: by the reference.
+        kl: KL(reference || model) before each token, nats.
+        agreement: 1 where both hold the same token for the likeliest, else 0.
+    """
+
+    nll: Tensor
+    reference_nll: Tensor
+    kl: Tensor
+    agreement: Tensor
+
+    @classmethod
+    def join(cls, chunks: list[tuple[Tensor, ...]]) -> Comparison:
+        """Of its fields, a chunk of tokens at a time."""
+        return cls(*(torch.cat(each).float().cpu() for each in zip(*chunks, strict=True)))
 
 
 def load_causal_lm(files: ModelFiles, dtype: str) -> PreTrainedModel:
@@ -111,13 +124,13 @@ class HFModel:
 
     def log_likelihoods(self, sequence: Sequence) -> Tensor:
         """Log-likelihood of each scored token, fp32 [scored]."""
-        parts = [_of_targets(chunk, targets) for chunk, targets in self._scored(sequence)]
+        parts = [_of_targets(chunk, targets) for chunk, targets in self.scored(sequence)]
         return torch.cat(parts)
 
     def is_likeliest(self, sequence: Sequence) -> bool:
         """Whether each scored token is the likeliest one."""
         return all(
-            torch.equal(chunk.argmax(1), targets) for chunk, targets in self._scored(sequence)
+            torch.equal(chunk.argmax(1), targets) for chunk, targets in self.scored(sequence)
         )
 
     def compare(self, reference: HFModel, sequence: Sequence) -> Comparison:
@@ -126,22 +139,22 @@ class HFModel:
         Raises:
             PCDVQError: the models have different vocabularies.
         """
-        sums = torch.zeros(4, dtype=torch.float64)
-        both = zip(self._scored(sequence), reference._scored(sequence), strict=True)
+        chunks: list[tuple[Tensor, ...]] = []
+        both = zip(self.scored(sequence), reference.scored(sequence), strict=True)
         for (mine, targets), (theirs, _) in both:
-            if mine.shape != theirs.shape:
-                raise PCDVQError(
-                    f"the model has {mine.shape[1]} tokens, the reference {theirs.shape[1]}; name "
-                    "the original model with --reference"
-                )
-            kl = nn.functional.kl_div(mine, theirs, reduction="sum", log_target=True)
-            same = (mine.argmax(1) == theirs.argmax(1)).sum()
-            nlls = [-_of_targets(chunk, targets).sum() for chunk in (mine, theirs)]
-            sums += torch.stack([*nlls, kl, same]).double().cpu()
-        return Comparison(*(sums / sequence.scored).tolist())
+            check_vocabulary(mine.shape[1], theirs.shape[1])
+            kl = nn.functional.kl_div(mine, theirs, reduction="none", log_target=True).sum(1)
+            same = mine.argmax(1) == theirs.argmax(1)
+            chunks.append((-_of_targets(mine, targets), -_of_targets(theirs, targets), kl, same))
+        return Comparison.join(chunks)
 
     @torch.inference_mode()
-    def _scored(self, sequence: Sequence) -> Iterator[tuple[Tensor, Tensor]]:
+    def answers(self, prompts: list[list[int]], ends: set[int], new_tokens: int) -> list[list[int]]:
+        """The greedy answer to each of `prompts`, of at most `new_tokens`, its end included."""
+        return [more for _, more in continue_texts(self._model, prompts, ends, new_tokens)]
+
+    @torch.inference_mode()
+    def scored(self, sequence: Sequence) -> Iterator[tuple[Tensor, Tensor]]:
         """(log-probabilities fp32 [C, vocabulary], targets [C]) of the scored tokens in chunks."""
         ids = sequence.tokens.to(self._model.device)
         positions = torch.arange(len(ids) - sequence.scored - 1, len(ids) - 1, device=ids.device)
@@ -149,6 +162,15 @@ class HFModel:
         for chunk in positions.split(CHUNK_POSITIONS):
             scores = self._logits.head(ids, hidden, chunk)
             yield scores.float().log_softmax(1), ids[chunk + 1]
+
+
+def check_vocabulary(tokens: int, reference: int) -> None:
+    """Raise PCDVQError if the models have different vocabularies."""
+    if tokens != reference:
+        raise PCDVQError(
+            f"the model has {tokens} tokens, the reference {reference}; name the original model "
+            "with --reference"
+        )
 
 
 def _of_targets(log_probs: Tensor, targets: Tensor) -> Tensor:

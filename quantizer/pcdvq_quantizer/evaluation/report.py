@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,9 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from pcdvq_quantizer.evaluation.chat import ChatFigures
 from pcdvq_quantizer.evaluation.data import DataFile
-from pcdvq_quantizer.evaluation.scores import KLDivergence, LastWord, Perplexity
+from pcdvq_quantizer.evaluation.scores import Accuracy, KLDivergence, Perplexity
 
+Row = tuple[str, str, str, str]  # measure, value, standard error, of what
 PACKAGES = ("vllm-pcdvq", "torch", "transformers", "vllm")
 
 
@@ -27,9 +30,12 @@ class Protocol:
         text: of perplexity and kl.
         window: tokens per window, all but the first scored.
         windows: number of windows.
-        lambada: of lambada.
+        lambada: of lambada and cloze.
         lines: number of lines.
         bos: whether a BOS token came before each window and line.
+        requests: of chat.
+        answer_tokens: most tokens of an answer.
+        chat_template: whether requests were put into the model's own; else they were plain text.
     """
 
     text: DataFile | None
@@ -38,6 +44,9 @@ class Protocol:
     lambada: DataFile | None
     lines: int | None
     bos: bool
+    requests: DataFile | None = None
+    answer_tokens: int | None = None
+    chat_template: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -62,10 +71,13 @@ class EvaluationReport:
     protocol: Protocol
     perplexity: Perplexity | None
     kl: KLDivergence | None
-    lambada: LastWord | None
+    lambada: Accuracy | None
     seconds: float
     versions: dict[str, str]
     model_sha256: str | None = None
+    chat: ChatFigures | None = None
+    cloze: Accuracy | None = None
+    patterns: Accuracy | None = None
 
     @classmethod
     def is_in(cls, file: Path) -> bool:
@@ -105,7 +117,7 @@ class EvaluationReport:
         table.add_column("value", justify="right", no_wrap=True)
         table.add_column("+-", justify="right", no_wrap=True)
         table.add_column("of", overflow="fold")
-        for row in self.rows():
+        for row in (*self.rows(), *self.kind_rows()):
             table.add_row(*row)
         console.print(table)
         bos = ", BOS before each" if self.protocol.bos else ""
@@ -116,41 +128,67 @@ class EvaluationReport:
             soft_wrap=True,
         )
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
+    def rows(self) -> list[Row]:
         """(measure, value, standard error, of what) of every figure."""
-        rows = []
+        rows: list[Row] = []
         text, lines = self.protocol.text, self.protocol.lambada
         windows = f"{self.protocol.windows} windows of {self.protocol.window} tokens"
         if (found := self.perplexity) and text:
             error = _error(found.perplexity_stderr, 3)
-            of = f"{text.file}, {windows}"
-            rows.append(("perplexity", f"{found.perplexity:.3f}", error, of))
+            rows.append(("perplexity", f"{found.perplexity:.3f}", error, f"{text.file}, {windows}"))
         if (kl := self.kl) and text:
             of = f"{text.file}, {windows}; from {kl.reference}"
             rows.append(("KL, nats", f"{kl.kl:.5f}", _error(kl.kl_stderr, 5), of))
             rows.append(("same top token", f"{100 * kl.top1_agreement:.2f} %", "", "as above"))
             rows.append(("original's perplexity", f"{kl.reference_perplexity:.3f}", "", "as above"))
-        if (word := self.lambada) and lines:
-            error = f"{100 * word.accuracy_stderr:.1f} %"
-            rows.append(
-                (
-                    "last word",
-                    f"{100 * word.accuracy:.1f} %",
-                    error,
-                    f"{lines.file}, {word.lines} lines",
-                )
-            )
-            if pair := word.paired:
-                rows.append(
-                    (
-                        "less the original's",
-                        f"{100 * pair.difference:+.2f} %",
-                        f"{100 * pair.difference_stderr:.2f} %",
-                        f"{100 * pair.reference_accuracy:.1f} %, same lines; {pair.only_model} "
-                        f"right only here, {pair.only_reference} only there",
-                    )
-                )
+        rows += self._chat_rows()
+        for measure, share, file in (
+            ("last word", self.lambada, lines and lines.file),
+            ("last word of four", self.cloze, lines and lines.file),
+            ("patterns, one of four", self.patterns, "generated"),
+        ):
+            if share and file:
+                rows += _accuracy_rows(measure, share, file)
         return rows
+
+    def _chat_rows(self) -> Iterator[Row]:
+        chat, requests = self.chat, self.protocol.requests
+        if chat is None or requests is None:
+            return
+        found, least = chat.all, "at least " if chat.bound else ""
+        template = "" if self.protocol.chat_template else ", without a chat template"
+        of = f"{requests.file}, {found.answers} answers of {chat.reference}{template}"
+        yield "chat KL, nats", f"{least}{found.kl:.4f}", _error(found.kl_stderr, 4), of
+        first = _error(found.first_kl_stderr, 4)
+        yield "  of first tokens", f"{least}{found.first_kl:.4f}", first, "as above"
+        yield "  same top token", f"{100 * found.agreement:.1f} %", "", "as above"
+
+    def kind_rows(self) -> list[Row]:
+        """The same of answers by kind of request."""
+        kinds = self.chat.kinds if self.chat else {}
+        return [
+            (
+                f"  {kind}",
+                f"{found.kl:.4f}",
+                _error(found.kl_stderr, 4),
+                f"{found.answers} answers; first tokens {found.first_kl:.4f}, same top token "
+                f"{100 * found.agreement:.1f} %",
+            )
+            for kind, found in kinds.items()
+        ]
+
+
+def _accuracy_rows(measure: str, found: Accuracy, file: str) -> Iterator[Row]:
+    error = f"{100 * found.accuracy_stderr:.1f} %"
+    yield measure, f"{100 * found.accuracy:.1f} %", error, f"{file}, {found.lines} lines"
+    if pair := found.paired:
+        yield (
+            "less the original's",
+            f"{100 * pair.difference:+.2f} %",
+            f"{100 * pair.difference_stderr:.2f} %",
+            f"{100 * pair.reference_accuracy:.1f} %, same lines; {pair.only_model} "
+            f"right only here, {pair.only_reference} only there",
+        )
 
 
 def installed_versions() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, sqrt
+from math import exp, isfinite, nan, sqrt
 from statistics import fmean, stdev
 
 
@@ -56,15 +56,15 @@ class KLDivergence:
 
 
 @dataclass(frozen=True)
-class PairedLastWord:
+class PairedAccuracy:
     """The same lines by the model and by its original.
 
     Attributes:
         reference: name of the original.
         reference_accuracy: its share of lines.
-        both: number of lines that both predict.
-        only_model: that only the model predicts.
-        only_reference: that only the original predicts.
+        both: number of lines that both have right.
+        only_model: that only the model has right.
+        only_reference: that only the original has right.
         difference: accuracy of the model less that of the original.
         difference_stderr: its standard error, from pairs: less than that of either accuracy where
             the models mostly agree.
@@ -80,8 +80,11 @@ class PairedLastWord:
 
 
 @dataclass(frozen=True)
-class LastWord:
-    """Share of lines whose last word is predicted: each of its tokens is the likeliest one.
+class Accuracy:
+    """Share of lines that a model has right.
+
+    In lambada each token of the last word must be the likeliest one, in cloze and patterns the
+    right word must be likelier than each of three others.
 
     Attributes:
         accuracy: the share.
@@ -97,7 +100,7 @@ class LastWord:
     correct: int
     lines: int
     seconds: float
-    paired: PairedLastWord | None = None
+    paired: PairedAccuracy | None = None
 
 
 def perplexity(nlls: list[float], tokens: int, seconds: float) -> Perplexity:
@@ -107,23 +110,21 @@ def perplexity(nlls: list[float], tokens: int, seconds: float) -> Perplexity:
     return Perplexity(figure, error and figure * error, nll, len(nlls), tokens, seconds)
 
 
-def last_word(
-    correct: list[bool], seconds: float, paired: PairedLastWord | None = None
-) -> LastWord:
-    """Summarize which lines were predicted."""
+def accuracy(correct: list[bool], seconds: float, paired: PairedAccuracy | None = None) -> Accuracy:
+    """Summarize which lines are right."""
     share = fmean(correct)
     error = sqrt(share * (1 - share) / len(correct))
-    return LastWord(share, error, sum(correct), len(correct), seconds, paired)
+    return Accuracy(share, error, sum(correct), len(correct), seconds, paired)
 
 
-def pair_last_words(model: list[bool], original: list[bool], reference: str) -> PairedLastWord:
-    """Compare which lines were predicted; both lists are of the same lines."""
+def pair(model: list[bool], original: list[bool], reference: str) -> PairedAccuracy:
+    """Compare which lines are right; both lists are of the same lines."""
     pairs = list(zip(model, original, strict=True))
     only_model, only_original = pairs.count((True, False)), pairs.count((False, True))
     count = len(pairs)
     difference = (only_model - only_original) / count
     variance = (only_model + only_original) / count - difference**2
-    return PairedLastWord(
+    return PairedAccuracy(
         reference=reference,
         reference_accuracy=fmean(original),
         both=pairs.count((True, True)),
@@ -135,5 +136,7 @@ def pair_last_words(model: list[bool], original: list[bool], reference: str) -> 
 
 
 def standard_error(values: list[float]) -> float | None:
-    """Standard error of the mean of independent `values`; None for one value."""
-    return stdev(values) / sqrt(len(values)) if len(values) > 1 else None
+    """Standard error of the mean of independent `values`; None for one value, NaN for such ones."""
+    if len(values) < 2:
+        return None
+    return stdev(values) / sqrt(len(values)) if all(map(isfinite, values)) else nan

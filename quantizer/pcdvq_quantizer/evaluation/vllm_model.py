@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from pcdvq_quantizer.evaluation.data import Sequence
 from pcdvq_quantizer.evaluation.files import ModelFiles
+from pcdvq_quantizer.evaluation.hf_model import Comparison, HFModel, check_vocabulary
 
 # vLLM computes the logits of a prompt for all tokens of a step at once.
 STEP_TOKENS = 512
 SPARE_TOKENS = 1024
+TOP = 512  # tokens whose probabilities vLLM gives before each one
+NOTHING = 1e-6  # what fp32 leaves of the probability of all other tokens, where they have none
 
 
 class VLLMModel:
@@ -52,9 +56,21 @@ class VLLMModel:
             kv_cache_memory_bytes=cache_bytes(files.config, longest + 1),
             enforce_eager=True,
             enable_prefix_caching=False,
+            max_logprobs=TOP,
         )
+        self._vocabulary = files.limits.vocabulary
         # 0: of each prompt token its own log-probability and rank, and of no other token.
-        self._params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        self._params, self._top = (
+            SamplingParams(
+                max_tokens=1, prompt_logprobs=count, detokenize=False, flat_logprobs=count > 0
+            )
+            for count in (0, min(TOP, self._vocabulary or TOP))
+        )
+
+    @property
+    def knows_all(self) -> bool:
+        """Whether `compare` knows whole distributions."""
+        return self._top.prompt_logprobs == self._vocabulary
 
     @property
     def dtype(self) -> str:
@@ -68,6 +84,23 @@ class VLLMModel:
         """Whether each scored token is the likeliest one."""
         return all(entry.rank == 1 for entry in self._entries(sequence))
 
+    def compare(self, reference: HFModel, sequence: Sequence) -> Comparison:
+        """Compare the next-token distributions before each scored token.
+
+        vLLM gives the `TOP` likeliest tokens; all others are taken as one. So `Comparison.kl` is a
+        lower bound of the divergence, and the divergence itself where the vocabulary is no larger.
+
+        Raises:
+            PCDVQError: the models have different vocabularies.
+        """
+        found = self._generate(sequence, self._top).prompt_logprobs
+        positions = iter(range(len(sequence.tokens) - sequence.scored, len(sequence.tokens)))
+        chunks = []
+        for theirs, targets in reference.scored(sequence):
+            rows = [found[position] for position in islice(positions, len(targets))]
+            chunks.append(_compare_top(rows, theirs.cpu(), targets.cpu()))
+        return Comparison.join(chunks)
+
     def close(self) -> None:
         """Stop the engine."""
         self._llm.llm_engine.engine_core.shutdown()
@@ -75,12 +108,41 @@ class VLLMModel:
     def _entries(self, sequence: Sequence) -> list[Any]:
         """vLLM's `Logprob` of each scored token."""
         tokens = sequence.tokens.tolist()
-        output = self._llm.generate({"prompt_token_ids": tokens}, self._params, use_tqdm=False)[0]
+        output = self._generate(sequence, self._params)
         entries = [
             found[token]
             for found, token in zip(output.prompt_logprobs[1:], tokens[1:], strict=True)
         ]
         return entries[-sequence.scored :]
+
+    def _generate(self, sequence: Sequence, params: Any) -> Any:
+        prompt = {"prompt_token_ids": sequence.tokens.tolist()}
+        return self._llm.generate(prompt, params, use_tqdm=False)[0]
+
+
+def _compare_top(rows: list[dict[int, Any]], theirs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """The fields of `Comparison` from some tokens of the model and all of another.
+
+    Args:
+        rows: at each position, vLLM's `Logprob` of the likeliest tokens and of the scored one.
+        theirs: fp32 [C, vocabulary], log-probabilities.
+        targets: int64 [C].
+    """
+    nll, kl, same = [], [], []
+    for row, reference, target in zip(rows, theirs, targets.tolist(), strict=True):
+        check_vocabulary(max(len(reference), *(token + 1 for token in row)), len(reference))
+        tokens = torch.tensor(list(row))
+        mine = torch.tensor([entry.logprob for entry in row.values()]).double()
+        p = reference[tokens].double()
+        others, theirs_of_others = ((1 - each.exp().sum()).clamp_min(0) for each in (mine, p))
+        kl.append((p.exp() * (p - mine)).sum())
+        if theirs_of_others > NOTHING:
+            ratio = theirs_of_others / others.clamp_min(NOTHING)
+            kl[-1] += theirs_of_others * ratio.log()
+        nll.append(-row[target].logprob)
+        same.append(tokens[mine.argmax()] == reference.argmax())
+    reference_nll = -theirs.gather(1, targets[:, None])[:, 0]
+    return torch.tensor(nll), reference_nll, torch.stack(kl), torch.stack(same)
 
 
 def cache_bytes(config: dict[str, Any], tokens: int) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from pcdvq_kernels.errors import PCDVQError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from pcdvq_quantizer.calibration.generate import all_prompts, generate_documents
-from pcdvq_quantizer.calibration.text import read_documents, sample_windows, tokenize
+from pcdvq_quantizer.calibration.mixture import Wanted, mixed_windows
 from pcdvq_quantizer.card import write_model_card
 from pcdvq_quantizer.contents import checkpoint_files, copy_file
 from pcdvq_quantizer.evaluation.files import ModelFiles, find_reference
@@ -27,8 +28,8 @@ from pcdvq_quantizer.finetune.student import Student
 from pcdvq_quantizer.finetune.training import OnStep, Trainer, TrainingState, Windows
 from pcdvq_quantizer.identity import fingerprint, paths_of
 from pcdvq_quantizer.output import Output
-from pcdvq_quantizer.plan import SELF, text_identity
-from pcdvq_quantizer.progress import Progress
+from pcdvq_quantizer.plan import text_identity
+from pcdvq_quantizer.progress import Notes, Progress
 from pcdvq_quantizer.record import read_report
 from pcdvq_quantizer.writer import CheckpointWriter
 
@@ -80,16 +81,16 @@ def finetune_checkpoint(
     opened = open_checkpoint(checkpoint)
     files = ModelFiles.find(str(checkpoint))
     reference = find_reference(files, options.reference)
+    notes = Notes(note) if note else Progress()
     for each in (files, reference):
-        length = each.limits.fit_window(
-            options.sequence_length, "--sequence-length", 0, note or (lambda text: None)
-        )
+        length = each.limits.fit_window(options.sequence_length, "--sequence-length", 0, notes.note)
         options = replace(options, sequence_length=length)
     place = _output(output, overwrite, files, reference)
     writer = CheckpointWriter(place, _fingerprint(files, reference, options))
     with writer.open(needed_bytes=_bytes(checkpoint)):
         path = writer.work_directory / STATE_FILE
-        windows = _kept_windows(writer.work_directory / WINDOWS_FILE, files, reference, options)
+        kept = writer.work_directory / WINDOWS_FILE
+        windows = _kept_windows(kept, files, reference, options, notes)
         state, tensors = _train(opened, files, reference, windows, options, path, progress)
         _copy_checkpoint(checkpoint, writer.directory, tensors)
         report = read_report(checkpoint)
@@ -102,32 +103,37 @@ def finetune_checkpoint(
 
 
 def _kept_windows(
-    path: Path, files: ModelFiles, reference: ModelFiles, options: FinetuneOptions
+    path: Path,
+    files: ModelFiles,
+    reference: ModelFiles,
+    options: FinetuneOptions,
+    progress: Progress,
 ) -> Windows:
     """The windows an interrupted run left at `path`, or new ones, which are kept there."""
     if not path.exists():
-        windows = _make_windows(files, reference, options)
+        windows = _make_windows(files, reference, options, progress)
         _hold_out(windows, options)  # nothing is kept of a text that is too short
         save_whole({"windows": windows}, path)
     return _hold_out(load_file(path)["windows"], options)
 
 
-def _make_windows(files: ModelFiles, reference: ModelFiles, options: FinetuneOptions) -> Tensor:
+def _make_windows(
+    files: ModelFiles, reference: ModelFiles, options: FinetuneOptions, progress: Progress
+) -> Tensor:
     """int64 [S, T], as many as `options` want or the text has."""
-    tokenizer = files.tokenizer()
-    wanted = options.windows + options.holdout
-    if options.calibration == SELF:
-        reference.limits.check_tokens(all_prompts(tokenizer), tokenizer, files.name)
-        original = load_causal_lm(reference, "float32").eval()
-        tokens = wanted * options.sequence_length
-        with torch.no_grad():
-            texts = generate_documents(original, tokenizer, tokens, options.seed, Progress())
-    else:
-        texts = tokenize(tokenizer, read_documents(options.calibration))
-    windows = sample_windows(tokenizer, texts, wanted, options.sequence_length)
-    for each in (files, reference):
-        each.limits.check_tokens(windows.tolist(), tokenizer, files.name)
-    return windows
+    wanted = Wanted(
+        options.calibration,
+        options.windows + options.holdout,
+        options.sequence_length,
+        options.seed,
+        readers=(files.limits, reference.limits),
+        owner=files.name,
+    )
+
+    def original() -> AbstractContextManager[PreTrainedModel]:
+        return nullcontext(load_causal_lm(reference, "float32").eval())
+
+    return mixed_windows(wanted, files.tokenizer(), original, progress).tokens
 
 
 def _hold_out(windows: Tensor, options: FinetuneOptions) -> Windows:

@@ -1,4 +1,4 @@
-"""Perplexities from the files of `pcdvq eval --json`."""
+"""Perplexities and answers from the files of `pcdvq eval --json`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pcdvq_kernels.checkpoint import read_quantization_config
 from pcdvq_kernels.errors import CheckpointError, PCDVQError
 
 from pcdvq_quantizer.checkpoints import open_any_checkpoint
+from pcdvq_quantizer.evaluation.chat import AnswerFigures
 from pcdvq_quantizer.evaluation.report import EvaluationReport
 from pcdvq_quantizer.identity import weights_sha256
 from pcdvq_quantizer.record import RunRecord
@@ -20,8 +21,12 @@ class Measured:
     """Perplexity of one model.
 
     Attributes:
+        model: its name.
+        perplexity: of the text of the protocol.
+        stderr: its standard error.
         bits: per weight of its linear layers, None if unquantized.
         sha256: of its weights, as far as it is known.
+        answers: its answers beside the original's, None if they were not measured.
     """
 
     model: str
@@ -29,6 +34,7 @@ class Measured:
     stderr: float | None
     bits: float | None
     sha256: str | None = None
+    answers: AnswerFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ def _measured(reports: dict[Path, EvaluationReport], run: RunRecord) -> list[Mea
     for file, report in reports.items():
         if figure := report.perplexity:
             bits = None if _is_original(report, run) else _find_bits(report, file)
+            answers = report.chat.all if report.chat else None
             found.append(
                 Measured(
                     report.model,
@@ -104,6 +111,7 @@ def _measured(reports: dict[Path, EvaluationReport], run: RunRecord) -> list[Mea
                     figure.perplexity_stderr,
                     bits,
                     report.model_sha256,
+                    answers,
                 )
             )
         if kl := report.kl:

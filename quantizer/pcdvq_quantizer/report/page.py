@@ -79,6 +79,7 @@ def _render(record: CheckpointRecord, evaluations: Evaluations | None) -> str:
         "perplexities": evaluations and Markup(plots.plot_perplexities(evaluations)),
         "protocol": evaluations and evaluations.protocol,
         "measured": [*evaluations.references, *evaluations.quantized] if evaluations else [],
+        "unanswered": evaluations and not any(each.answers for each in evaluations.quantized),
         "layers": record.layers,
         "skipped": describe_skipped(record.run.skipped),
     }

@@ -16,7 +16,8 @@ def chain_codes(
     Targets beyond 255 count as 255, weights below 1/4096 of a chain's largest as that.
 
     Args:
-        x: fp32 [N, K], finite, in levels; N whole segments, K whole strips. On any device.
+        x: fp32 [N, K], finite, in levels; N whole segments, K even: the last strip may be narrower.
+            On any device.
         row_weight: fp32 [N], not negative.
         code_bits: 3 to 8.
         chain_rows: 64, 32 or 16.

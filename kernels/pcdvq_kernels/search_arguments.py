@@ -34,11 +34,10 @@ def check_chains(x: Tensor, row_weight: Tensor, code_bits: int, chain_rows: int)
             f"code_bits is {code_bits} and chain_rows {chain_rows}; expected "
             f"{trellis.CODE_BITS[0]} to {trellis.CODE_BITS[-1]} and one of {trellis.CHAIN_ROWS}"
         )
-    columns = trellis.strip_columns(chain_rows)
-    fits = x.dim() == 2 and not x.shape[0] % chain_rows and not x.shape[1] % columns
+    fits = x.dim() == 2 and not x.shape[0] % chain_rows and not x.shape[1] % trellis.PAIR
     if x.dtype != torch.float32 or not fits:
         raise PCDVQError(
             f"x is {describe(x)}; expected fp32 [N, K], N a multiple of {chain_rows}, "
-            f"K of {columns}"
+            f"K of {trellis.PAIR}"
         )
     expect("row_weight", row_weight, torch.float32, x.shape[:1], x.device)

@@ -16,7 +16,7 @@ CHAIN_WEIGHTS = 128
 CHAIN_ROWS = 64, 32, 16
 MULTIPLIER = 0x96459645
 # Levels of a standard normal variable's standard deviation, by code bits: least mean squared error.
-UNITS = {3: 53.9, 4: 52.25, 5: 51.2, 6: 36.2, 7: 35.7, 8: 35.2}
+UNITS = {3: 51.2, 4: 49.3, 5: 47.5, 6: 34.2, 7: 33.6, 8: 33.0}
 
 
 def strip_columns(chain_rows: int) -> int:

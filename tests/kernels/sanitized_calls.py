@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import torch
@@ -99,6 +99,19 @@ def call_searches(isa: str) -> int:
     return calls
 
 
+def call_chains(isa: str) -> int:
+    """Chains of all lengths, of numbers and of NaN; returns the number of calls."""
+    calls = 0
+    for code_bits, singles, effort in product((3, 4, 7, 8), (False, True), cpu_search.EFFORTS):
+        for chain_rows, columns in ((16, 10), (64, 2), (32, 0)):
+            x = 50 * torch.randn(chain_rows, columns)
+            for values in (x, torch.full_like(x, torch.nan)):
+                args = values, torch.rand(chain_rows), code_bits, singles, chain_rows, effort
+                cpu_search.chain_codes(*args, isa=isa)
+                calls += 1
+    return calls
+
+
 def call_vptq(isa: str) -> int:
     """VPTQ products, then with codes of ones alone; returns the number of calls."""
     for changes in VPTQ_CASES.values():
@@ -118,7 +131,7 @@ def main() -> None:
     assert cpu.available(), cpu.unavailable_message()
     for isa in cpu.isas():
         calls = sum(call_layers(isa, codec) for codec in SPECS)
-        calls += call_searches(isa) + call_vptq(isa)
+        calls += call_searches(isa) + call_chains(isa) + call_vptq(isa)
         print(f"{isa}: {calls} calls", flush=True)
 
 

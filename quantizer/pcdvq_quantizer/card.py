@@ -15,7 +15,8 @@ from jinja2 import Environment, StrictUndefined
 from pcdvq_kernels.errors import printable
 from pcdvq_kernels.vptq.checkpoint import VPTQCheckpoint
 
-from pcdvq_quantizer.checkpoints import open_any_checkpoint
+from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
+from pcdvq_quantizer.codecs import describe_codecs
 from pcdvq_quantizer.contents import README
 from pcdvq_quantizer.evaluation.report import EvaluationReport
 from pcdvq_quantizer.files import whole_file
@@ -32,8 +33,9 @@ TEMPLATE = """---
 # {{ model | plain }}, {{ method.name }}, linear layers at {{ bits }} bits per weight
 
 {{ model | plain }} quantized with [{{ method.name }}]({{ method.paper }}) for vLLM:
-{{ method.codes }}
 
+{% for line in codecs %}- {{ line | plain }}
+{% endfor %}
 | | |
 | --- | --- |
 | quantized | {{ rate | plain }} |
@@ -65,7 +67,6 @@ class _Method(NamedTuple):
 
     name: str
     paper: str
-    codes: str
     counted: str
     options: str
 
@@ -73,14 +74,12 @@ class _Method(NamedTuple):
 PCDVQ = _Method(
     "PCDVQ",
     "https://arxiv.org/abs/2506.05432",
-    "groups of weights\nare stored as a direction index and a magnitude index.",
     "codes, row scales, signs, codebooks",
     " --quantization pcdvq",
 )
 VPTQ = _Method(
     "VPTQ",
     "https://arxiv.org/abs/2409.17066",
-    "vectors of weights\nare stored as the index of a centroid of their layer.",
     VPTQCheckpoint.counted,
     "",
 )
@@ -117,6 +116,7 @@ def write_model_card(directory: Path, evaluations: Sequence[Path] = ()) -> None:
         model=Path(source).name,
         method=method,
         bits=f"{checkpoint.bits_per_weight:.2f}",
+        codecs=_codecs(checkpoint),
         rate=describe_checkpoint(checkpoint),
         codebooks=", ".join(checkpoint.codebooks),
         packed_mib=f"{sum(layer.bytes for layer in layers) / MIB:.1f}",
@@ -128,6 +128,13 @@ def write_model_card(directory: Path, evaluations: Sequence[Path] = ()) -> None:
     )
     with whole_file(directory / README) as scratch:
         scratch.write_text(card.rstrip() + "\n", encoding="utf-8")
+
+
+def _codecs(checkpoint: AnyCheckpoint) -> list[str]:
+    """What the codes of `checkpoint` stand for."""
+    if isinstance(checkpoint, VPTQCheckpoint):
+        return ["vectors of weights are stored as the index of a centroid of their layer."]
+    return describe_codecs(checkpoint.config.codebooks.values())
 
 
 def _public(name: str) -> str:

@@ -78,7 +78,7 @@ def call_layers(isa: str, codec: str) -> int:
 
 
 def call_searches(isa: str) -> int:
-    """Nearest codewords and codes of chains; returns the number of calls."""
+    """Nearest codewords; returns the number of calls."""
     calls = 0
 
     def normal(*shape: int) -> Tensor:
@@ -88,25 +88,17 @@ def call_searches(isa: str) -> int:
         for count, groups in ((1, 1), (3, 257), (600, 40), (257, 0)):
             cpu_search.nearest(normal(groups, dim), normal(count, dim), normal(count), isa=isa)
             calls += 1
-    for code_bits in trellis.CODE_BITS:
-        for rows, columns in ((64, 2), (32, 4), (16, 8)):
-            x = 40 * normal(rows, columns)
-            for values in (x, torch.full_like(x, torch.nan), torch.full_like(x, 1e30)):
-                for effort in ("exhaustive", "quick"):
-                    weight = normal(rows).abs()
-                    cpu_search.chain_codes(values, weight, code_bits, rows, effort, isa=isa)
-                    calls += 1
     return calls
 
 
 def call_chains(isa: str) -> int:
     """Chains of all lengths, of numbers and of NaN; returns the number of calls."""
     calls = 0
-    for code_bits, singles, effort in product((3, 4, 7, 8), (False, True), cpu_search.EFFORTS):
+    for code_bits, effort in product(trellis.CODE_BITS, cpu_search.EFFORTS):
         for chain_rows, columns in ((16, 10), (64, 2), (32, 0)):
             x = 50 * torch.randn(chain_rows, columns)
             for values in (x, torch.full_like(x, torch.nan)):
-                args = values, torch.rand(chain_rows), code_bits, singles, chain_rows, effort
+                args = values, torch.rand(chain_rows), code_bits, chain_rows, effort
                 cpu_search.chain_codes(*args, isa=isa)
                 calls += 1
     return calls

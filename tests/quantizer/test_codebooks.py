@@ -11,6 +11,7 @@ from pcdvq_kernels.packing import pack_codes, unpack_codes
 from pcdvq_kernels.trellis import CHAIN_ROWS
 from pcdvq_quantizer import codebooks
 from pcdvq_quantizer.codebooks import OFFERED, NamedCodebook, get_codebook
+from pcdvq_quantizer.codecs import DIRECTION_AND_MAGNITUDE, describe_codecs
 
 RATES = [(codec, bits) for codec, rates in OFFERED.items() for bits in rates]
 # Mean squared error per weight on N(0, 1) that the codecs were designed to; the rate-distortion
@@ -142,6 +143,16 @@ def test_row_weights_move_the_error(bits: float, effort: str) -> None:
     assert (weight * weighted).sum() < (weight * plain).sum()
     assert weighted[::4].sum() < plain[::4].sum()
     assert plain.sum() < weighted.sum()
+
+
+def test_every_codec_says_what_its_codes_are() -> None:
+    """Each codec that is used once, no other."""
+    assert DIRECTION_AND_MAGNITUDE.keys() == OFFERED.keys()
+    books = [get_codebook(*rate) for rate in RATES if rate[0] in ("trellis", "int8")]
+    trellis, int8 = describe_codecs(book.codebook.spec for book in books)
+    assert trellis.startswith("trellis: ")
+    assert " 128 weights " in trellis
+    assert int8.startswith("int8: ")
 
 
 @pytest.mark.parametrize("bits", [2.0, 2.25])

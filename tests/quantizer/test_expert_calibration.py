@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 TEXT = "".join(chr(32 + (7 * i * i + 3 * i) % 90) for i in range(4000))
-OPTIONS = QuantizeOptions(bits=2.0, samples=8, sequence_length=64)
+OPTIONS = QuantizeOptions(bits=2.0, samples=8, sequence_length=64, effort="quick")
 MIXTRAL = tiny_config("mixtral", num_local_experts=4, num_experts_per_tok=2, head_dim=16)
 QWEN = tiny_config(
     "qwen2_moe",

@@ -19,6 +19,7 @@ from pcdvq_kernels.checkpoint import REPORT_FILE
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import cli
 from pcdvq_quantizer.card import write_model_card
+from pcdvq_quantizer.codecs import DIRECTION_AND_MAGNITUDE
 from pcdvq_quantizer.evaluation.chat import AnswerFigures, ChatFigures
 from pcdvq_quantizer.evaluation.data import DataFile
 from pcdvq_quantizer.evaluation.report import EvaluationReport, Protocol
@@ -192,6 +193,9 @@ def test_card(checkpoint: Path, evaluation: Path) -> None:
     weights = 2 * (64 * 64 * 2 + 32 * 64 + 3 * 64 * 192)
     assert f"({2 * weights / 2**20:.1f} MiB at 16 bits per weight)" in card
     assert str(checkpoint.parent) not in card
+    used = [line for line in card.splitlines() if DIRECTION_AND_MAGNITUDE["trellis"] in line]
+    assert used == [f"- trellis: {DIRECTION_AND_MAGNITUDE['trellis']}."]
+    assert DIRECTION_AND_MAGNITUDE["e8"] not in card
 
 
 EVIL = "a|b<script>alert(1)</script> `x` [l](u) *b*\n---\n```\n# h \x1b[2J"

@@ -25,11 +25,11 @@ from test_calibration import divergence
 from test_expert_calibration import MIXTRAL, Notes, save_moe
 
 COUNT = 2
-OPTIONS = QuantizeOptions(bits=2.0, samples=7, sequence_length=64)
+OPTIONS = QuantizeOptions(bits=2.0, samples=7, sequence_length=64, effort="quick")
 RUNS = {
     "trellis": OPTIONS,
-    "signed": replace(OPTIONS, codec="signed", bits=3.0, embedding_bits=8),
-    "mixed": replace(OPTIONS, codec="signed", bits=3.5),
+    "pvq": replace(OPTIONS, codec="pvq", bits=3.0, embedding_bits=8),
+    "mixed": replace(OPTIONS, bits=2.7),
     "moe": OPTIONS,
     "fisher": replace(OPTIONS, objective="fisher"),
 }

@@ -18,8 +18,9 @@ from pcdvq_quantizer.sources import open_source
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-# Four decoder layers of thirty, to be fast.
-SKIP = ("model.layers.[4-9].*", "model.layers.??.*")
+# Two decoder layers of thirty, to be fast.
+LAYERS = 2
+SKIP = ("model.layers.[2-9].*", "model.layers.??.*")
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,12 @@ def measured(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     variants = {
         "plain": replace(base, calibration="none"),
         "calibrated": base,
-        "signed": replace(base, codec="signed"),
+        "e8": replace(base, codec="e8"),
     }
     found = {}
     for name, options in variants.items():
         plan = make_plan(model, options)
-        assert len(plan.selection.layers) == 4 * 7
+        assert len(plan.selection.layers) == LAYERS * 7
         quantize_model(plan, directory / name)
         report = evaluate(
             str(directory / name),
@@ -85,4 +86,4 @@ def test_calibration_pays(measured: dict[str, Measured]) -> None:
 
 def test_trellis_pays(measured: dict[str, Measured]) -> None:
     """By errors: with so little text the KL depends on chance by as much as the codecs differ."""
-    assert measured["calibrated"].output_error < 0.93 * measured["signed"].output_error
+    assert measured["calibrated"].output_error < 0.85 * measured["e8"].output_error

@@ -21,7 +21,7 @@ from pcdvq_quantizer.encode import Encoder
 from pcdvq_quantizer.files import save_whole
 
 E8_DIRECTION_BITS = {2.0: 14, 2.25: 16}
-SAMPLES, ROWS = 1 << 16, 1 << 8  # groups that distortions are measured on
+WEIGHTS, ROWS = 1 << 15, 1 << 6  # that distortions are measured on
 OFFERED = {
     "trellis": (1.5, 2.0, 2.5, 3.0, 3.5, 4.0),
     "e8": tuple(E8_DIRECTION_BITS),
@@ -60,8 +60,8 @@ class NamedCodebook:
     @cached_property
     def distortion(self) -> float:
         """Mean squared error of N(0, 1) weights."""
-        shape = ROWS, SAMPLES // ROWS, self.codebook.spec.vector_dim
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * self.unit
+        x = torch.randn(ROWS, WEIGHTS // ROWS, generator=torch.Generator().manual_seed(0))
+        x = x.unflatten(1, (-1, self.codebook.spec.vector_dim)) * self.unit
         levels = self.codebook.decode(self.encoder.encode(x)).float()
         return (levels - x).square().mean().item() / self.unit**2
 

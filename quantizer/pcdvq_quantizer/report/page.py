@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from pcdvq_quantizer.codebooks import codebooks_at_hand
+from pcdvq_quantizer.codecs import describe_codecs
 from pcdvq_quantizer.files import check_page, write_page
 from pcdvq_quantizer.inspection import describe_checkpoint, figure
 from pcdvq_quantizer.report import plots
@@ -69,6 +70,7 @@ def _render(record: CheckpointRecord, evaluations: Evaluations | None) -> str:
         "errors": numbered and Markup(plots.plot_errors(record)),
         "has_output_error": all(each.error.output is not None for each in record.numbered),
         "rates": numbered and Markup(plots.plot_rates(record)),
+        "codecs": describe_codecs(checkpoint.config.codebooks.values()),
         "direction_share": f"{100 * record.direction_share:.1f} %",
         "directions": numbered and Markup(plots.plot_directions(record)),
         "distortion": Markup(plots.plot_distortion(record, codebooks)),

@@ -118,7 +118,8 @@ def plot_distortion(record: CheckpointRecord, codebooks: list[NamedCodebook]) ->
                 if book.codebook.spec.codec == codec
             ]
             _draw_distortions((plot, ratios), points, color=colour, marker=marker, label=codec)
-        ends = [1.75, max(book.codebook.spec.bits for book in codebooks) + 0.25]
+        rates = [book.codebook.spec.bits for book in codebooks]
+        ends = [min(rates) - 0.25, max(rates) + 0.25]
         bound = [(bits, 4.0**-bits) for bits in ends]
         _draw_distortions((plot, ratios), bound, color=INK, ls="--", label="least possible")
         _draw_distortions(

@@ -67,7 +67,8 @@ def random_layer(
     """A layer whose outputs are about as large as its inputs."""
     shape = spec.stored_rows(rows), columns // spec.vector_dim
     codes = torch.randint(0, 1 << spec.code_bits, shape, generator=generator)
-    scale = (0.5 + torch.rand(rows, generator=generator)) / (50 * columns**0.5)
+    size = 100 if spec.codec == "int8" else 50  # of levels, about
+    scale = (0.5 + torch.rand(rows, generator=generator)) / (size * columns**0.5)
     return PackedLayer(
         pack_codes(codes, spec.code_bits),
         scale.to(torch.bfloat16),

@@ -109,7 +109,8 @@ TINY = {
 ODD_LLAMA = tiny_llama(
     hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
 )
-
+# Layers that are served alone need not have whole chains of rows.
+CUT_CHAINS = tiny_llama(hidden_size=104, intermediate_size=192, head_dim=32)
 
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_chunk_size": 16}
 # Models whose layers are put together in ways of their own, by transformers' names; without
@@ -150,8 +151,8 @@ def check(
 
 @pytest.mark.parametrize(
     ("config", "spec"),
-    [(ODD_LLAMA, ODD_BITS), (QWEN2, PVQ), (PHI3, E8)],
-    ids=["llama of odd sizes", "qwen2 with biases, tied", "phi3 fused on disk"],
+    [(ODD_LLAMA, ODD_BITS), (CUT_CHAINS, TRELLIS), (QWEN2, PVQ), (PHI3, E8)],
+    ids=["llama of odd sizes", "ends inside of chains", "qwen2 with biases", "phi3 fused on disk"],
 )
 def test_logprobs(
     config: PreTrainedConfig, spec, engine: ProcessPoolExecutor, tmp_path: Path
@@ -266,7 +267,8 @@ def test_pipeline_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
 
 
 def test_quantized_embeddings_tensor_parallel(engine: ProcessPoolExecutor, tmp_path: Path) -> None:
-    config = tiny_llama(vocab_size=333)
+    """The second rank starts with row 160, inside of a chain."""
+    config = tiny_llama(vocab_size=301)
     model = write_random_checkpoint(tmp_path, config, max_tp=2, embeddings=TRELLIS_4)
     generations = engine.submit(generate, tmp_path, PROMPTS, dtype="float32", **PARALLEL).result()
     check(generations, model)
@@ -304,8 +306,11 @@ def test_repository_of_the_hub(hub_engine: tuple[Hub, ProcessPoolExecutor], tmp_
     check(engine.submit(generate, "someone/tiny", PROMPTS, dtype="float32").result(), model)
 
 
-@pytest.mark.parametrize("embeddings", [None, INT8], ids=["embeddings left", "8 bits"])
-@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize(
+    ("activations", "embeddings"),
+    [("float", None), ("int8", None), ("float", INT8), ("int8", TRELLIS_4)],
+    ids=["float", "int8", "float, embeddings of 8 bits", "int8, embeddings of 4 bits"],
+)
 def test_dummy_weights_and_reload(
     activations: str, embeddings: CodebookSpec | None, engine: ProcessPoolExecutor, tmp_path: Path
 ) -> None:

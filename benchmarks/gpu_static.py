@@ -340,7 +340,7 @@ def count(kernel: Kernel, target: str) -> Count:
     names = names_of(loop)
     per_1024 = 1024 / (kernel.loop_weights or 1024)
     pipes = classify(names, PIPES)
-    matrix = {name: n for name, n in names.items() if re.match(CLASSES["mma"], name)}
+    matrix = {n: c for n, c in names.items() if re.fullmatch(CLASSES["mma"], n.split(".")[0])}
     return Count(
         target=target,
         kernel=kernel.name,

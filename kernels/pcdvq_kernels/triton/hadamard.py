@@ -20,7 +20,7 @@ class QuantizedActivations:
     """H S x of M tokens in int8, with a scale per token and 128 columns.
 
     Attributes:
-        values: int32 [padded tokens, tiles, 4, 8], four int8 each: [t][b][h][j] of `format`.
+        values: int32 [padded tokens, tiles, 4, 8], four int8 each: [t][b][h][c] of `format`.
         scales: fp32 [tiles, padded tokens].
         tokens: M; the rows past them are 0.
     """
@@ -94,7 +94,7 @@ def rotate_quantize_kernel(
     levels = tl.where((scale == scale)[:, None], levels, 0.0)
     tile = tl.program_id(1) * (COLUMNS // 128) + tl.arange(0, COLUMNS // 128)
     tl.store(scales + tile.to(tl.int64) * padded + token, scale, mask=tile < tiles)
-    # Column 32 b + 8 t + 4 h + j of a tile goes to 32 t + 8 b + 4 h + j.
+    # Column 32 b + 8 t + 4 h + c of a tile goes to 32 t + 8 b + 4 h + c.
     column = tl.arange(0, 128)
     place = column // 8 % 4 * 32 + column // 32 * 8 + column % 8
     to = out + (token * tiles + tile)[:, None] * 128 + place[None, :]

@@ -79,7 +79,7 @@ def test_columns(codec: str, k: int) -> None:
 
 
 def test_long_rows_of_every_split() -> None:
-    case = random_case("trellis-4x16", 9, 64, 1536, bias=True)
+    case = random_case("trellis-3x16", 9, 64, 1536, bias=True)
     x = rotate_quantize(case.x, case.signs_in, case.block, 16)
     for config in (LinearConfig(16), LinearConfig(16, splits=5)):
         y = linear(x, weight(case), case.bias, torch.float32, config)
@@ -177,7 +177,7 @@ def test_mixture_of_experts() -> None:
 @pytest.mark.parametrize("tokens", [1, 17])
 def test_experts_of_the_operator(tokens: int) -> None:
     """Experts without tokens, choices of experts elsewhere, blocks of 8 and of 16."""
-    case = moe_case("trellis-4x16", tokens, hidden=256, inner=72, experts=3, top_k=2)
+    case = moe_case("trellis-3x16", tokens, hidden=256, inner=72, experts=3, top_k=2)
     x, weights, ids, gate_up, down, codewords, *layouts = case.args()
     layout = Layout(case.gate_up.block, case.gate_up.codebook.spec)
     experts = [

@@ -88,5 +88,14 @@ class Limits:
             )
 
 
+def check_vocabulary(tokens: int | None, original: int | None) -> None:
+    """Raise PCDVQError if a model and its original have vocabularies of different size."""
+    if None not in (tokens, original) and tokens != original:
+        raise PCDVQError(
+            f"the model has {tokens} tokens, its original {original}; name the original model with "
+            "--reference"
+        )
+
+
 def _positive(value: object) -> int | None:
     return value if type(value) is int and value > 0 else None

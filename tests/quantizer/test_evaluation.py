@@ -310,7 +310,7 @@ def test_models_that_do_not_fit(
     refused(original, "name it with --reference", tasks=("kl",), **common)
     other = save_model(tmp_path / "other", tiny_config(vocab_size=320))
     kl = {"tasks": ("kl",), **common}
-    refused(checkpoint, "has 256 tokens, the reference 320", reference=str(other), **kl)
+    refused(checkpoint, "has 256 tokens, its original 320", reference=str(other), **kl)
     moved = tmp_path / "moved"
     moved.mkdir()
     for file in checkpoint.iterdir():

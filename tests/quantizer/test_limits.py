@@ -14,6 +14,7 @@ from pcdvq_quantizer.evaluation import EvaluateOptions, evaluate
 from pcdvq_quantizer.finetune import FinetuneOptions, finetune_checkpoint
 from pcdvq_quantizer.limits import Limits
 from pcdvq_quantizer.plan import SELF, QuantizeOptions, make_plan
+from pcdvq_quantizer.record import read_report
 from pcdvq_quantizer.run import quantize_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -66,6 +67,7 @@ def test_windows_of_the_default_length(
     shown = run("quantize", model, out, "--calibration", str(text), "--finetune")
     assert shown.count(f"windows have {CONTEXT} tokens, not the 1024 of --sequence-length") == 2
     assert f"most {CONTEXT} at once" in shown
+    assert shown.index("on held-out calibration text") < shown.index(f"{out}: ")
     figures = tmp_path / "figures.json"
     shown = run("eval", out, "--text", str(text), "--bos", "--json", str(figures))
     assert f"windows have {CONTEXT - 1} tokens, not the 2048 of --window" in shown
@@ -73,9 +75,9 @@ def test_windows_of_the_default_length(
 
 
 def test_text_of_a_model_that_reads_little(tmp_path: Path) -> None:
-    """Openings and what is added to them fit into learned positions."""
+    """Openings, requests and what is added to them fit into learned positions."""
     model = str(save_model(tmp_path / "model", OPT))
-    options = QuantizeOptions(calibration=SELF, samples=2, effort="quick")
+    options = QuantizeOptions(calibration=SELF, samples=4)
     assert quantize_model(make_plan(model, options), tmp_path / "out").layers
     tuning = FinetuneOptions(SELF, tokens=1024, holdout=1)
     notes: list[str] = []
@@ -100,7 +102,8 @@ def test_tokens_without_an_embedding(calibration: str, text: Path, tmp_path: Pat
     lines.write_text('{"text": "to you"}\n')
     measure = EvaluateOptions(("perplexity",), text, window=32)
     words = EvaluateOptions(("lambada",), lambada=lines)
-    for wanted in (measure, words):
+    answers = EvaluateOptions(("chat",), requests=lines, reference=str(model))
+    for wanted in (measure, words, answers):
         with pytest.raises(PCDVQError, match=message):
             evaluate(str(model), wanted)
 
@@ -113,12 +116,13 @@ def test_model_without_a_head(text: Path, tmp_path: Path) -> None:
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
-    options = QuantizeOptions(calibration=str(text), samples=2, sequence_length=32)
-    for changes in ({"calibration": SELF}, {"objective": "fisher"}, {"bits": 2.6}):
+    options = QuantizeOptions(calibration=str(text), samples=4, sequence_length=32)
+    for changes in ({"calibration": SELF}, {"objective": "fisher"}, {"bits": 2.5}):
         plan = make_plan(str(model), replace(options, **changes))
         with pytest.raises(PCDVQError, match=r"nothing as lm_head\.weight, without which"):
             quantize_model(plan, tmp_path / "".join(changes))
     assert quantize_model(make_plan(str(model), options), tmp_path / "out").layers
+    assert read_report(tmp_path / "out")["held_out"] is None
     for directory in (model, tmp_path / "out"):
         with pytest.raises(PCDVQError, match=r"does not store lm_head\.weight"):
             evaluate(str(directory), EvaluateOptions(text=text, window=32))

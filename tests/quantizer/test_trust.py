@@ -62,7 +62,7 @@ def test_a_run_ends_with_what_was_held_out(
     options = replace(OPTIONS, calibration=str(text))
     quantize_model(make_plan(str(model), options), tmp_path / "out", progress=progress)
     (windows,) = seen
-    assert len(windows.learnt) == 6
+    assert len(windows.learnt) == options.samples
     is_base = AutoTokenizer.from_pretrained(model).chat_template is None
     rows = windows.held & (windows.kinds == (TEXT if is_base else CHAT))
     assert windows.held.sum() == (1 if is_base else 2)

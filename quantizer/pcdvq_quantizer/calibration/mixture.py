@@ -138,15 +138,14 @@ def mixed_windows(
         PCDVQError: the text cannot be used, or holds tokens that a model has no embedding for.
     """
     chat = Chat(tokenizer, progress.note)
-    share = CHAT_SHARE[chat.has_template]
-    asked = round(share * wanted.windows)
+    asked = round(CHAT_SHARE[chat.has_template] * wanted.windows)
     read = wanted.windows - asked + wanted.held
     documents: list[list[int]] = []
     if wanted.calibration != SELF:
         documents = tokenize(tokenizer, read_documents(wanted.calibration))
         found = sample_windows(tokenizer, documents, read, wanted.length)
         wanted.check_tokens(found.tolist(), tokenizer)
-        asked = min(asked, round(max(1, len(found) - wanted.held) * share / (1 - share)))
+        asked = round(asked * max(1, len(found) - wanted.held) / (wanted.windows - asked))
     # Nothing is measured on what a base model makes of requests.
     answers = wanted.held if asked and chat.has_template else 0
     asked += answers

@@ -17,6 +17,7 @@ from pcdvq_quantizer.continuation import continue_texts
 from pcdvq_quantizer.evaluation.data import Sequence
 from pcdvq_quantizer.evaluation.files import ModelFiles
 from pcdvq_quantizer.hf.logits import CHUNK_POSITIONS, ChunkedLogits
+from pcdvq_quantizer.limits import check_vocabulary
 from pcdvq_quantizer.selection import hf_config
 from pcdvq_quantizer.sources import reason
 
@@ -162,15 +163,6 @@ class HFModel:
         for chunk in positions.split(CHUNK_POSITIONS):
             scores = self._logits.head(ids, hidden, chunk)
             yield scores.float().log_softmax(1), ids[chunk + 1]
-
-
-def check_vocabulary(tokens: int, reference: int) -> None:
-    """Raise PCDVQError if the models have different vocabularies."""
-    if tokens != reference:
-        raise PCDVQError(
-            f"the model has {tokens} tokens, the reference {reference}; name the original model "
-            "with --reference"
-        )
 
 
 def _of_targets(log_probs: Tensor, targets: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ from pcdvq_quantizer.evaluation.scores import (
 )
 from pcdvq_quantizer.evaluation.vllm_model import VLLMModel
 from pcdvq_quantizer.identity import weights_sha256
+from pcdvq_quantizer.limits import check_vocabulary
 from pcdvq_quantizer.progress import Progress
 
 Score = TypeVar("Score")
@@ -126,7 +127,6 @@ class _Prompts:
 
     source: DataFile
     requests: list[Request]
-    tokenizer: PreTrainedTokenizerBase
     chat: Chat
     prompts: list[list[int]]
 
@@ -195,6 +195,8 @@ class _Job:
 def _read_job(model: str, options: EvaluateOptions, progress: Progress) -> _Job:
     files = ModelFiles.find(model)
     reference = find_reference(files, options.reference) if options.compares else None
+    if reference is not None and {"kl", "chat"} & set(options.tasks):
+        check_vocabulary(files.limits.vocabulary, reference.limits.vocabulary)
     tokenizer = files.tokenizer()
     text: DataFile | None = None
     windows: list[Sequence] = []
@@ -244,7 +246,7 @@ def _read_prompts(
     source, requests = read_requests(options.requests, options.limit)
     chat = Chat(tokenizer, progress.note)
     prompts = [chat.prompt(request.text) for request in requests]
-    return _Prompts(source, requests, tokenizer, chat, prompts)
+    return _Prompts(source, requests, chat, prompts)
 
 
 def _read_items(
@@ -331,7 +333,6 @@ def _measure_answers(job: _Job, scorer: HFModel | VLLMModel, original: HFModel) 
     answers = [answer for batch in found for answer in batch]
     if odd := what_is_odd(answers, asked.chat.ends):
         job.progress.note(odd)
-    job.files.limits.check_tokens(answers, asked.tokenizer, job.reference_name)
     sequences = answer_sequences(asked.prompts, answers)
     pairs, seconds = job.score("chat", sequences, lambda each: scorer.compare(original, each))
     return ChatFigures(

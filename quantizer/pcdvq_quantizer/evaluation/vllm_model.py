@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pcdvq_quantizer.evaluation.data import Sequence
 from pcdvq_quantizer.evaluation.files import ModelFiles
-from pcdvq_quantizer.evaluation.hf_model import Comparison, HFModel, check_vocabulary
+from pcdvq_quantizer.evaluation.hf_model import Comparison, HFModel
+from pcdvq_quantizer.limits import check_vocabulary
 
 # vLLM computes the logits of a prompt for all tokens of a step at once.
 STEP_TOKENS = 512

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from pcdvq_kernels.errors import PCDVQError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pcdvq_quantizer.hf.logits import CHUNK_POSITIONS, ChunkedLogits
+from pcdvq_quantizer.limits import check_vocabulary
 
 
 class Distillation:
@@ -64,9 +64,5 @@ def _chunks(ids: Tensor) -> tuple[Tensor, ...]:
 
 def _divergence(target: Tensor, found: Tensor) -> Tensor:
     """Sum over positions of KL(target || found), both log-probabilities [C, vocabulary]."""
-    if target.shape != found.shape:
-        raise PCDVQError(
-            f"the checkpoint has {found.shape[1]} tokens, its original {target.shape[1]}; name the "
-            "original model with --reference"
-        )
+    check_vocabulary(found.shape[1], target.shape[1])
     return (target.exp() * (target - found)).sum()

@@ -27,6 +27,7 @@ from pcdvq_quantizer.finetune.options import FinetuneOptions
 from pcdvq_quantizer.finetune.student import Student
 from pcdvq_quantizer.finetune.training import OnStep, Trainer, TrainingState, Windows
 from pcdvq_quantizer.identity import fingerprint, paths_of
+from pcdvq_quantizer.limits import check_vocabulary
 from pcdvq_quantizer.output import Output
 from pcdvq_quantizer.plan import text_identity
 from pcdvq_quantizer.progress import Notes, Progress
@@ -81,6 +82,7 @@ def finetune_checkpoint(
     opened = open_checkpoint(checkpoint)
     files = ModelFiles.find(str(checkpoint))
     reference = find_reference(files, options.reference)
+    check_vocabulary(files.limits.vocabulary, reference.limits.vocabulary)
     notes = Notes(note) if note else Progress()
     for each in (files, reference):
         length = each.limits.fit_window(options.sequence_length, "--sequence-length", 0, notes.note)

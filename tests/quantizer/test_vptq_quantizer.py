@@ -37,6 +37,8 @@ from vptq_steps import DAMPING, Steps, published, second_order
 
 PACKAGE = Path(__file__).resolve().parents[1] / "kernels" / "vptq_package.py"
 BASE = VPTQOptions(samples=8, sequence_length=64)
+# Of weights: feedback makes more of them wrong, to have less wrong outputs.
+MOST_ERROR = 0.35
 VARIANTS = {
     "2 bits": replace(BASE, bits=2.0),
     "residuals": replace(BASE, bits=3.0, vector_length=4, residual_centroids=16),
@@ -247,7 +249,7 @@ def test_checkpoint_holds_the_model(
     packed = 0
     for layer, info in checkpoint.layers.items():
         dense, weight = checkpoint.dequantize(layer), original[f"{layer}.weight"].float()
-        assert (dense - weight).square().sum() < 0.25 * weight.square().sum()
+        assert (dense - weight).square().sum() < MOST_ERROR * weight.square().sum()
         if layer.endswith("q_proj"):
             assert torch.equal(tensors[f"{layer}.bias"], original[f"{layer}.bias"])
         packed += info.bytes
@@ -262,7 +264,7 @@ def test_checkpoint_holds_the_model(
     summary = inspect_checkpoint(checkpoint.directory)
     weights = sum(info.weights for info in checkpoint.layers.values())
     assert summary.bits_per_weight == 8 * packed / weights
-    assert all(0 < row.relative_error < 0.25 for row in summary.layers)
+    assert all(0 < row.relative_error < MOST_ERROR for row in summary.layers)
     assert "[VPTQ](https" in (checkpoint.directory / "README.md").read_text()
 
 

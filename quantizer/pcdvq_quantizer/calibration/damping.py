@@ -19,7 +19,9 @@ from pcdvq_quantizer.calibration.ldlq import cholesky_feedback
 from pcdvq_quantizer.calibration.statistics import Damping, InputStatistics
 
 STEP = 4.0  # between the values that are tried
-LEAST, MOST = 0.001, 32.0
+# Of feedback, of the target: as whole models show, with less it follows the text too closely.
+LEAST, LEAST_TARGET = 0.001, 0.1
+MOST = 32.0
 ROWS = 256  # of the weights, whose targets are tried
 
 
@@ -52,7 +54,8 @@ def choose_damping(kinds: Sequence[InputStatistics], weight: Tensor, start: Damp
     def target_error(share: float) -> float:
         return sum(_target_error(fit, held, part, rows, share) for fit, held in folds)
 
-    return Damping(_least(feedback_error, start.feedback), _least(target_error, start.target))
+    target = max(LEAST_TARGET, _least(target_error, start.target))
+    return Damping(_least(feedback_error, start.feedback), target)
 
 
 def _least(error: Callable[[float], float], start: float) -> float:

@@ -175,8 +175,8 @@ def _check_chains(
         raise PCDVQError(f"x is {x.dtype} {shape}; expected fp32 [N, K] with an even K")
     if shape[0] % chain_rows:
         raise PCDVQError(
-            f"x has {shape[0]} rows; expected a multiple of chain_rows {chain_rows}: append rows of "
-            "weight 0"
+            f"x has {shape[0]} rows; expected a multiple of chain_rows {chain_rows}: append rows "
+            "of weight 0"
         )
     if row_weight.dtype != x.dtype or row_weight.shape != x.shape[:1] or not row_weight.is_cpu:
         raise PCDVQError(

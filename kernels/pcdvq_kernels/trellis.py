@@ -61,8 +61,10 @@ def chain_codes(
 ) -> Tensor:
     """Codes of the computed trellis whose levels are near x (FORMAT.md).
 
-    Minimises for every chain the sum over its weights of row_weight * (x - level)^2. Targets beyond
-    255 count as 255, weights below 1/4096 of a chain's largest as that.
+    Minimises for every chain the sum over its weights of row_weight * (x - level)^2, in integers:
+    targets beyond 255 count as 255, and row weights as multiples, not zero, of the largest in the
+    chain over 4096 / 2 ** new, where new is code_bits, or half of it (rounded up) for singles; at
+    least 4 for a quick search.
 
     Args:
         x: fp32 [N, K], finite, in units of levels (divided by the row scale). N is a multiple of

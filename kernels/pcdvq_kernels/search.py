@@ -13,7 +13,8 @@ def chain_codes(
     """Codes whose levels have the least weighted squared error in every chain (FORMAT.md).
 
     Minimises the sum over rows n of row_weight[n] * |x[n] - levels[n]|^2 by dynamic programming.
-    Targets beyond 255 count as 255, weights below 1/4096 of a chain's largest as that.
+    Targets beyond 255 count as 255. Weights are rounded to a multiple, not zero, of their chain's
+    largest times 2 ** (new bits of a window) / 4096.
 
     Args:
         x: fp32 [N, K], finite, in levels; N whole segments, K even: the last strip may be narrower.

@@ -109,7 +109,7 @@ def test_fisher_of_several_processes(
     tokens = torch.tensor([list(b"jumps over the quick brown dog; the lazy fox ")])
     model = Path(arguments(directory, "fisher")[0])
     errors = [divergence(model, out / "fisher", tokens) for out in (one, several)]
-    assert errors[1] == pytest.approx(errors[0], rel=10 * DIVERGENCE)
+    assert errors[1] < 1.6 * errors[0]  # by chance as often less
 
 
 def test_progress_is_that_of_one_process(outputs: tuple[Path, Path, dict[int, Notes]]) -> None:
@@ -152,10 +152,12 @@ def test_error_without_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_error_of_one_process_is_one_line(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Only the last window has the token whose embedding is infinite."""
+    """Only the last window has the token that the first norm makes infinite."""
     broken = save_model(directory / "broken", tiny_config())
     weights = load_file(broken / "model.safetensors")
-    weights["model.embed_tokens.weight"][ord("#")] = float("inf")
+    weights["model.embed_tokens.weight"][:, 7] = 0
+    weights["model.embed_tokens.weight"][ord("#")] = torch.eye(64)[7]
+    weights["model.layers.0.input_layernorm.weight"][7] = 3e38
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     text = directory / "broken.txt"
     text.write_text("a b c d " * 31 + "########")

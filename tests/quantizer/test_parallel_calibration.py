@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pcdvq_quantizer.hf  # noqa: F401 transformers then loads PCDVQ checkpoints
 import pytest
@@ -15,8 +14,8 @@ from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import cli
 from pcdvq_quantizer import launch as launching
 from pcdvq_quantizer.calibration import experts
+from pcdvq_quantizer.calibration.decoder import LayeredModel
 from pcdvq_quantizer.calibration.parallel import Processes
-from pcdvq_quantizer.calibration.run import _Calibration
 from pcdvq_quantizer.launch import launch
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
 from pcdvq_quantizer.run import quantize_in_processes, quantize_model
@@ -37,7 +36,7 @@ RUNS = {
 ALIKE = [name for name in RUNS if name != "fisher"]
 FEW_TOKENS = 300  # more than an expert can have in one process
 SAME_CODES = 0.98
-DIVERGENCE = 0.03  # relative, of the log-probabilities' error
+DIVERGENCE = 0.02  # relative, of the log-probabilities' error
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +61,18 @@ def outputs(directory: Path) -> tuple[Path, Path, dict[int, Notes]]:
     """Directories of checkpoints made by one process and by several, and what these told."""
     one, several = directory / "one", directory / "several"
     notes = {1: Notes(), COUNT: Notes()}
-    quantize_layer = _Calibration._quantize_layer
+    load = LayeredModel.load
 
-    def stop(self: _Calibration, index: int, *rest: Any) -> None:
+    def stop(self: LayeredModel, index: int) -> torch.nn.Module:
         if index == 2:
             raise KeyboardInterrupt
-        quantize_layer(self, index, *rest)
+        return load(self, index)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experts, "FEW_TOKENS", FEW_TOKENS)
         for name in RUNS:
             quantize_model(make_plan(*arguments(directory, name)), one / name, progress=notes[1])
-        patch.setattr(_Calibration, "_quantize_layer", stop)
+        patch.setattr(LayeredModel, "load", stop)
         plan = make_plan(*arguments(directory, "trellis"))
         with pytest.raises(KeyboardInterrupt):
             quantize_model(plan, several / "begun by one")
@@ -110,16 +109,14 @@ def test_fisher_of_several_processes(
     tokens = torch.tensor([list(b"jumps over the quick brown dog; the lazy fox ")])
     model = Path(arguments(directory, "fisher")[0])
     errors = [divergence(model, out / "fisher", tokens) for out in (one, several)]
-    assert errors[1] == pytest.approx(errors[0], rel=10 * DIVERGENCE)
+    assert errors[1] < 1.6 * errors[0]  # by chance as often less
 
 
 def test_progress_is_that_of_one_process(outputs: tuple[Path, Path, dict[int, Notes]]) -> None:
     """Also which experts have few tokens."""
     _, _, notes = outputs
     assert any("4 of 4 experts" not in note for note in notes[1].notes)
-    told = [[note for note in notes[n].notes if "held-out" not in note] for n in (1, COUNT)]
-    assert told[0] == told[1]
-    assert len(notes[1].notes) == len(told[0]) + len(RUNS)
+    assert notes[COUNT].notes == notes[1].notes
     assert notes[COUNT].total > 0
 
 
@@ -155,10 +152,12 @@ def test_error_without_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_error_of_one_process_is_one_line(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The first process alone reads what is copied, and finds that an embedding is infinite."""
+    """Only the last window has the token that the first norm makes infinite."""
     broken = save_model(directory / "broken", tiny_config())
     weights = load_file(broken / "model.safetensors")
-    weights["model.embed_tokens.weight"][ord("#")] = float("inf")
+    weights["model.embed_tokens.weight"][:, 7] = 0
+    weights["model.embed_tokens.weight"][ord("#")] = torch.eye(64)[7]
+    weights["model.layers.0.input_layernorm.weight"][7] = 3e38
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     text = directory / "broken.txt"
     text.write_text("a b c d " * 31 + "########")
@@ -169,7 +168,7 @@ def test_error_of_one_process_is_one_line(
     with pytest.raises(SystemExit):
         cli.main()
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"error: model.embed_tokens.weight of {broken} holds NaN or infinity")
+    assert line.startswith("error: output of model.layers.0 in the original model holds NaN")
     assert not (directory / "out").exists()
 
 

@@ -54,7 +54,7 @@ def test_quantizes_once_and_passes_options_on(model: Path, calls: list) -> None:
     assert command[3:] == ["--quantization", "pcdvq", "--port", "9", "--enforce-eager"]
     assert len(environment["VLLM_CPU_OMP_THREADS_BIND"].split(",")) == len(os.sched_getaffinity(0))
     layers = open_checkpoint(Path(command[2])).layers.values()
-    assert {layer.codebook for layer in layers} == {"trellis-2"}
+    assert {layer.codebook for layer in layers} == {"trellis-2", "trellis-2-rows16"}
 
     assert isinstance(serve(model, "--bits", "3", "--calibration", "none").exception, Started)
     assert calls[2][0][2] != command[2]

@@ -155,10 +155,14 @@ def test_error_without_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_error_of_one_process_is_one_line(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Only the last window has the token whose embedding is infinite."""
+    """Only the last window has the token whose value is beyond fp32."""
     broken = save_model(directory / "broken", tiny_config())
     weights = load_file(broken / "model.safetensors")
-    weights["model.embed_tokens.weight"][ord("#")] = float("inf")
+    embedding, value = (
+        weights[f"model.{name}.weight"] for name in ("embed_tokens", "layers.0.self_attn.v_proj")
+    )
+    embedding[:, 0], embedding[ord("#")], value[0] = 0, 0, 0
+    embedding[ord("#"), 0], value[0, 0] = 1, 3e38
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     text = directory / "broken.txt"
     text.write_text("a b c d " * 31 + "########")

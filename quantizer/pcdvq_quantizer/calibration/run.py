@@ -27,7 +27,7 @@ from pcdvq_quantizer.calibration.trust import HeldOut, measure_held_out
 from pcdvq_quantizer.calibration.weights import lengths, without_outliers
 from pcdvq_quantizer.experts import Experts, experts_of
 from pcdvq_quantizer.files import save_whole
-from pcdvq_quantizer.plan import PCDVQPlan, Plan, RunOptions
+from pcdvq_quantizer.plan import PCDVQPlan, Plan, QuantizeOptions, RunOptions
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.writer import CheckpointWriter
 
@@ -141,9 +141,10 @@ def calibrate(
 
 def remedy(options: RunOptions) -> str:
     """What may help a model that `options` have changed much."""
-    bits = getattr(options, "bits", GOOD_BITS)
-    if bits < GOOD_BITS:
-        return f"try --bits {GOOD_BITS:g}, or `pcdvq finetune`"
+    bits = getattr(options, "bits", None)  # of a method whose sizes are given there are none
+    if bits is not None and bits < GOOD_BITS:
+        tuned = ", or `pcdvq finetune`" if isinstance(options, QuantizeOptions) else ""
+        return f"try --bits {GOOD_BITS:g}{tuned}"
     return "try more --samples or other text for --calibration"
 
 

@@ -14,9 +14,10 @@ from pcdvq_quantizer.calibration import run as calibration
 from pcdvq_quantizer.calibration.mixture import CHAT, TEXT, Windows
 from pcdvq_quantizer.calibration.run import remedy
 from pcdvq_quantizer.calibration.trust import HeldOut
-from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+from pcdvq_quantizer.plan import QuantizeOptions, RunOptions, make_plan
 from pcdvq_quantizer.progress import Progress
 from pcdvq_quantizer.run import quantize_model
+from pcdvq_quantizer.vptq.plan import VPTQOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 OPTIONS = QuantizeOptions(bits=2.0, samples=6, sequence_length=128)
@@ -95,3 +96,16 @@ def test_bad_ones_come_with_advice(changes: dict[str, float], bad: bool) -> None
     assert ("answers changed: try --bits 4" in sentence) == bad
     text = replace(good, kind="text", kl=1.0).sentence(remedy(QuantizeOptions(bits=4.0)))
     assert "predictions changed: try more --samples" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (QuantizeOptions(bits=2.0), "try --bits 4, or `pcdvq finetune`"),
+        (VPTQOptions(bits=2.0), "try --bits 4"),
+        (VPTQOptions(vector_length=4, centroids=16), "try more --samples"),
+    ],
+)
+def test_advice_is_of_the_method(options: RunOptions, advice: str) -> None:
+    assert remedy(options).startswith(advice)
+    assert ("finetune" in remedy(options)) == ("finetune" in advice)

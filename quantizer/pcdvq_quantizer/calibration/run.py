@@ -141,8 +141,10 @@ def calibrate(
 
 def remedy(options: RunOptions) -> str:
     """What may help a model that `options` have changed much."""
-    if isinstance(options, QuantizeOptions) and options.bits < GOOD_BITS:
-        return f"try --bits {GOOD_BITS:g}, or `pcdvq finetune`"
+    bits = getattr(options, "bits", None)  # of a method whose sizes are given there are none
+    if bits is not None and bits < GOOD_BITS:
+        tuned = ", or `pcdvq finetune`" if isinstance(options, QuantizeOptions) else ""
+        return f"try --bits {GOOD_BITS:g}{tuned}"
     return "try more --samples or other text for --calibration"
 
 

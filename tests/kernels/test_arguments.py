@@ -29,9 +29,9 @@ def _vptq_args() -> tuple[Any, ...]:
 
 
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "linear": lambda: random_case("signed-8x16", 2, 7, 72, bias=True).args(),
-    "embedding": lambda: random_case("signed-8x16", 1, 7, 72).embedding_args(IDS),
-    "moe": lambda: moe_case("signed-8x16", 2).args(),
+    "linear": lambda: random_case("trellis-4x64", 2, 7, 72, bias=True).args(),
+    "embedding": lambda: random_case("trellis-4x64", 1, 7, 72).embedding_args(IDS),
+    "moe": lambda: moe_case("trellis-4x64", 2).args(),
     "vptq_linear": _vptq_args,
 }
 every_operator = pytest.mark.parametrize("name", CALLS)
@@ -99,7 +99,7 @@ def test_kernels_check_what_they_are_given(change: Callable[[Tensor], Tensor]) -
 def test_expert_ids(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if run == "fallback":
         monkeypatch.setattr(cpu, "available", lambda: False)
-    case = moe_case("signed-8x16", 2)
+    case = moe_case("trellis-4x64", 2)
     x, weights, ids, *experts = case.args()
     nowhere = torch.ops.pcdvq.moe(x, weights, torch.full_like(ids, -1), *experts)
     for far in (-1 << 63, -1 << 32, 1 - (1 << 32), -2):  # 1 - 2 ** 32 is 1 in 32 bits
@@ -127,7 +127,7 @@ def test_columns(run: str, column: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("value", [-(1 << 63), -(1 << 40), -1, 1 << 40, (1 << 63) - 1])
-@pytest.mark.parametrize("codec", ["signed-8x16", "trellis-8x16", "compact-4x12", "pvq-24"])
+@pytest.mark.parametrize("codec", ["trellis-4x64", "trellis-5x32", "e8-18", "pvq-24"])
 def test_numbers_of_a_layout(codec: str, value: int) -> None:
     for name in ("linear", "embedding"):
         case = random_case(codec, 2, 7, 72)

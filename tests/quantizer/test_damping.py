@@ -62,7 +62,7 @@ def test_feedback_error_is_that_of_rounding() -> None:
     """On inputs that feedback was not learnt from, to the error of rounding without feedback."""
     fit, held = (InputStatistics.gather([inputs(400, seed)]) for seed in (1, 2))
     expected = _feedback_error(fit, held, 0.05)
-    book = get_codebook("signed", 4.0)
+    book = get_codebook("pvq", 4.0)
     rows = torch.randn(400, COLUMNS, generator=_seeded(5)) * book.unit
     ones = torch.ones(len(rows))
 

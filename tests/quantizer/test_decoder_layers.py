@@ -33,7 +33,7 @@ STAGES = {
     "opt": [("q", "k", "v"), ("out",), ("fc1",), ("fc2",)],
     "biogpt": [("q", "k", "v"), ("out",), ("fc1",), ("fc2",)],
     "gpt_neo": [("q", "k", "v"), ("out",), ("c_fc",), ("c",)],
-    "bloom": [("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)],  # vLLM reorders the others
+    "bloom": [("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)],
     "gpt_neox": [("query_key_value",), ("dense",), ("dense_h_to_4h",), ("dense_4h_to_h",)],
     "mpt": [("Wqkv",), ("out",), ("up",), ("down",)],
     "falcon_h1": [("in",), ("out",), ("q", "k", "v"), ("o",), ("up", "gate"), ("down",)],

@@ -114,7 +114,7 @@ def test_kl_from_the_original(
     assert report.perplexity is not None
     assert report.kl.reference == str(original)
     assert report.kl.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
-    assert report.kl.kl > 1e-3
+    assert report.kl.kl > 1e-4
     agreement = (mine.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     assert report.kl.top1_agreement == pytest.approx(agreement)
     alone = evaluate(str(checkpoint), options(text)).perplexity

@@ -31,6 +31,8 @@ class Startup:
 
     def add_layer(self, kind: str, spec: CodebookSpec | VPTQLayout, weights: int) -> None:
         """Take note of a layer of `weights` weights that is being built."""
+        if not self.built:
+            _ask_for_tiles()
         self.built.setdefault(kind, []).append((spec, weights))
 
     def add_ready(self, layer: torch.nn.Module, seconds: float, kernels: str) -> None:
@@ -54,3 +56,12 @@ class Startup:
         bits = sum(spec.bits * weights for spec, weights in layers)
         average = bits / sum(weights for _, weights in layers)
         return f"{len(layers)} {kind} ({codecs}, codes of {average:.3f} bits per weight)"
+
+
+def _ask_for_tiles() -> None:
+    """Ask Linux that this process may use the tile registers of a CPU with AMX.
+
+    vLLM's attention in bf16 uses them without asking, which ends in an illegal instruction. In a
+    dense model the products before it have asked. Where there are none this does nothing.
+    """
+    torch.cpu._init_amx()

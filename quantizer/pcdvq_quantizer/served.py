@@ -98,7 +98,7 @@ def find_unserved(
         merged = [group for group in MERGED if names.issuperset(group)]
         for group in (*merged, *((name,) for name in names.difference(*merged))):
             rows = [(name, layers[parent + name]) for name in group if parent + name in layers]
-            if reason := spec and _cut_segments(rows, spec, heads, tp):
+            if reason := spec and _cut_segments(parent, rows, spec, heads, tp):
                 found |= {parent + name: reason for name in group}
         found = dict(_parted(parent, merged, layers.keys() - found)) | found
     return {name: reason for name, reason in found.items() if name in layers}
@@ -132,7 +132,7 @@ def choose_chain_rows(
                 for length in CHAIN_ROWS
                 if length == spec.chain_rows
                 or (
-                    not _cut_segments(rows, _with_chains(spec, length), heads, tp)
+                    not _cut_segments(parent, rows, _with_chains(spec, length), heads, tp)
                     and not (MOVED_BY_HEADS.intersection(group) and heads.head_dim % length)
                 )
             )
@@ -159,14 +159,17 @@ def _siblings(names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _cut_segments(
-    layers: list[tuple[str, int]], spec: CodebookSpec, heads: Heads, tp: int
+    parent: str, layers: list[tuple[str, int]], spec: CodebookSpec, heads: Heads, tp: int
 ) -> str | None:
     """Why layers that are served as one cannot have codes like `spec`; None if they can.
 
     Args:
+        parent: what their names begin with.
         layers: last part of the name, and rows, in the order in which they are served.
     """
     parts = [part for name, rows in layers for part in heads.parts(name, rows)]
+    if any(experts_of(parent + name) for name, _ in layers):
+        parts *= 2  # those of other experts follow
     split = UNSPLIT.isdisjoint(name for name, _ in layers)
     sizes = heads.tensor_parallel_sizes(tp) if split else [1]
     for size in sizes:

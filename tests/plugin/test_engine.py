@@ -197,9 +197,12 @@ def test_quantized_embeddings(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype: torch.dtype, engine: ProcessPoolExecutor, tmp_path: Path) -> None:
-    model = write_random_checkpoint(tmp_path, ODD_LLAMA, dtype=dtype)
-    check(engine.submit(generate, tmp_path, PROMPTS).result(), model, dtype)
+def test_half_precision(
+    dtype: torch.dtype, own_engine: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    """In a process where no dense product has asked for the CPU's tiles before vLLM's attention."""
+    model = write_random_checkpoint(tmp_path, ODD_LLAMA, dtype=dtype, embeddings=INT8)
+    check(own_engine.submit(generate, tmp_path, PROMPTS).result(), model, dtype)
 
 
 def test_quantized_embeddings_compiled(

@@ -221,3 +221,6 @@ def test_splits_that_do_not_fit(vllm_config: object) -> None:
     config = make_config(LAYERS, {**BLOCKS, INNER: 8}, make_codebook(TRELLIS))
     with pytest.raises(PCDVQError, match=r"layer m.experts.\*.gate_proj has a part of 8 rows"):
         build(config, replace(ALONE, tp_size=16))
+    config = make_config(LAYERS, {224: 32, INNER: 32}, make_codebook(TRELLIS))
+    with pytest.raises(PCDVQError, match=r"layer m.experts.\*.down_proj has a part of 224 rows"):
+        build(config, hidden_dim=224)

@@ -136,6 +136,20 @@ def test_what_is_quantized_is_served(spec: CodebookSpec, max_tp: int, vllm_confi
     assert lengths == ({0} if spec is E8 else set(CHAIN_ROWS))
 
 
+@pytest.mark.parametrize(("hidden", "chain_rows"), [(256, 64), (224, 32), (208, 16), (200, None)])
+def test_stacked_experts_have_whole_chains(hidden: int, chain_rows: int | None) -> None:
+    """Those of an expert's last layer, too, whose rows no rank splits."""
+    sizes = {"gate_proj": 128, "up_proj": 128, "down_proj": hidden}
+    layers = {f"m.experts.{e}.{part}": rows for e in range(2) for part, rows in sizes.items()}
+    heads = Heads(4, 2, HEAD_DIM)
+    left = find_unserved(layers, layers, SHORT_CHAINS, heads, 1)
+    down = {f"m.experts.{e}.down_proj" for e in range(2)}
+    assert set(left) == (set() if chain_rows else down)
+    if chain_rows:
+        chains = choose_chain_rows(layers, SHORT_CHAINS, heads, 1)
+        assert {chains[name] for name in down} == {chain_rows}
+
+
 def test_without_the_rules_the_plugin_refuses(vllm_config) -> None:
     heads = Heads(4, 4, HEAD_DIM)
     config = make_config(NAMES, {HIDDEN: 64, 32: 32, 200: 8}, make_codebook(SHORT_CHAINS))

@@ -247,7 +247,8 @@ def test_checkpoint_holds_the_model(
     packed = 0
     for layer, info in checkpoint.layers.items():
         dense, weight = checkpoint.dequantize(layer), original[f"{layer}.weight"].float()
-        assert (dense - weight).square().sum() < 0.25 * weight.square().sum()
+        # Of weights; calibration makes it larger for the sake of outputs.
+        assert (dense - weight).square().sum() < 0.4 * weight.square().sum()
         if layer.endswith("q_proj"):
             assert torch.equal(tensors[f"{layer}.bias"], original[f"{layer}.bias"])
         packed += info.bytes

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from pcdvq_quantizer.evaluation import EvaluateOptions, EvaluationReport, evalua
 from pcdvq_quantizer.evaluation.choices import make_patterns, read_cloze
 from pcdvq_quantizer.evaluation.data import read_requests
 from pcdvq_quantizer.plan import QuantizeOptions, make_plan
+from pcdvq_quantizer.report import write_report
 from pcdvq_quantizer.run import quantize_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -208,6 +210,24 @@ def test_answers_beside_the_originals(original: Path, checkpoint: Path, requests
     path = requests.with_name("report.json")
     path.write_text(report.to_json())
     assert EvaluationReport.read(path) == report
+
+
+def test_answers_on_the_page(checkpoint: Path, requests: Path, tmp_path: Path) -> None:
+    """Chat KL stands beside perplexity."""
+    text, file = tmp_path / "text.txt", tmp_path / "eval.json"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 9)
+    options = EvaluateOptions(("perplexity", "chat"), text, requests=requests, window=64)
+    found = evaluate(str(checkpoint), options)
+    assert found.chat is not None
+    file.write_text(found.to_json())
+    page = write_report(checkpoint, tmp_path / "page.html", (file,)).read_text(encoding="utf-8")
+    shown = found.chat.all
+    for figure in (f"{shown.kl:.4f}", f"{shown.first_kl:.4f}", f"{100 * shown.agreement:.1f} %"):
+        assert f'<td class="number">{figure}</td>' in page
+    assert "Answers were not measured" not in page
+    file.write_text(replace(found, chat=None).to_json())
+    page = write_report(checkpoint, tmp_path / "other.html", (file,)).read_text(encoding="utf-8")
+    assert "Answers were not measured" in page
 
 
 def test_answers_of_the_original_itself(original: Path, requests: Path) -> None:

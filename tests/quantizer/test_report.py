@@ -245,19 +245,6 @@ def test_perplexities(checkpoint: Path, tmp_path: Path) -> None:
     assert "pcdvq eval tiny --tasks perplexity,chat --text FILE" in without
 
 
-def test_answers(checkpoint: Path, tmp_path: Path) -> None:
-    """Chat KL stands beside perplexity."""
-    figures = {
-        "kl": 0.25, "kl_stderr": 0.01, "first_kl": 0.5, "first_kl_stderr": None,
-        "agreement": 0.875, "first_agreement": 0.5, "answers": 9, "tokens": 300,
-    }  # fmt: skip
-    chat = {"all": figures, "kinds": {}, "reference": "original", "bound": False, "seconds": 2.0}
-    file = evaluation(tmp_path / "a.json", checkpoint, 23.4567, chat=chat)
-    page = Page(write_report(checkpoint, tmp_path / "page.html", (file,)))
-    assert page.row(str(checkpoint))[1:] == ["23.457", "0.2500", "0.5000", "87.5 %"]
-    assert "Answers were not measured" not in page.text
-
-
 def test_where_evaluations_find_bits(checkpoint: Path, tmp_path: Path) -> None:
     """The original's perplexity comes with kl; a checkpoint may have moved along with the file."""
     other = copied(checkpoint, tmp_path)

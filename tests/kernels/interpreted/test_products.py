@@ -19,7 +19,7 @@ from pcdvq_kernels.triton.linear import Weight, linear
 from pcdvq_kernels.triton.tuning import Device, LinearConfig, linear_config
 from torch import Tensor
 
-INT8_ERROR = 0.01  # norm of the error that int8 activations may make, of the output's norm
+INT8_ERROR = 0.012  # norm of the error that int8 activations may make, of the output's norm
 DENSE_ERROR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 ROWS = 40  # no multiple of a tile's 64, nor of a chain's rows
 

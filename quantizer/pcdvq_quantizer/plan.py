@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +34,7 @@ from pcdvq_quantizer.selection import Selection, select_layers
 from pcdvq_quantizer.served import Heads, choose_chain_rows, describe_splits
 from pcdvq_quantizer.source_check import check_source
 from pcdvq_quantizer.sources import Source, open_source
-from pcdvq_quantizer.texts import find_file, read_bytes
+from pcdvq_quantizer.texts import text_identity
 
 SELF = "self"  # calibrate on text the model writes
 NONE = "none"  # do not calibrate
@@ -388,15 +387,6 @@ def plan_source(source: Source, options: QuantizeOptions) -> PCDVQPlan:
         vectors, options.embedding_bits, options.search, heads, options.max_tp
     )
     return replace(plan, codebooks={name: codebooks[name] for name in selection.layers})
-
-
-def text_identity(calibration: str) -> dict[str, str | None]:
-    """What makes two calibration texts the same: of a file, its contents."""
-    path = find_file(calibration)
-    if path is None:
-        return {"calibration": calibration, "calibration_sha256": None}
-    digest = hashlib.sha256(read_bytes(path)).hexdigest()
-    return {"calibration": None, "calibration_sha256": digest}
 
 
 def input_signs(in_features: int, seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,3 +125,12 @@ def text_field(record: Any, where: str, field: str = TEXT_FIELD, default: str | 
 def with_plain_newlines(text: str) -> str:
     """`text` with LF in the place of CR LF and CR, as Python reads text files."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def text_identity(calibration: str) -> dict[str, str | None]:
+    """What makes two calibration texts the same: of a file, its contents."""
+    path = find_file(calibration)
+    if path is None:
+        return {"calibration": calibration, "calibration_sha256": None}
+    digest = hashlib.sha256(read_bytes(path)).hexdigest()
+    return {"calibration": None, "calibration_sha256": digest}

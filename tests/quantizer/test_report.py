@@ -13,7 +13,7 @@ from models import save_model, tiny_config
 from pcdvq_kernels.checkpoint import REPORT_FILE, open_checkpoint
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer import cli
-from pcdvq_quantizer.codebooks import codebooks_at_hand, get_codebook
+from pcdvq_quantizer.codebooks import codebooks_at_hand
 from pcdvq_quantizer.codecs import DIRECTION_AND_MAGNITUDE
 from pcdvq_quantizer.identity import weights_sha256
 from pcdvq_quantizer.inspection import inspect_checkpoint
@@ -76,11 +76,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("report")
     config = tiny_config(num_hidden_layers=LAYERS, tie_word_embeddings=True)
     source = save_model(directory / "original", config)
-    options = QuantizeOptions(bits=3.0, embedding_bits=8, calibration=NONE)
-    plan = make_plan(str(source), options)
-    plan = dataclasses.replace(
-        plan, codebooks=plan.codebooks | {UP: get_codebook("trellis", 2.0, 16, "quick")}
-    )
+    plan = make_plan(str(source), QuantizeOptions(bits=3.0, embedding_bits=8, calibration=NONE))
+    plan = dataclasses.replace(plan, codebooks=plan.codebooks | {UP: plan.codebook(UP, 2.0)})
     quantize_model(plan, directory / "tiny")
     change_record(
         directory / "tiny",
@@ -179,16 +176,15 @@ def test_plots(checkpoint: Path, tmp_path: Path) -> None:
     assert up.index(min(up)) == 1  # y grows downwards; this layer alone has 2 bits
     assert up[0] == pytest.approx(up[2], rel=0.1)
     rates = page.plots["Codebook of every layer"]
-    for book in ("trellis-2-rows16: 2 bits", "trellis-3: 3 bits", "trellis-3-rows16: 3 bits"):
-        assert f">{book}<" in rates
+    books = "trellis-2-rows16: 2 bits", "trellis-3: 3 bits", "trellis-3-rows16: 3 bits"
+    assert all(f">{book}<" in rates for book in books)
     cells = Counter(re.findall(r'style="fill: (#[0-9a-f]{6})"', rates))
-    long = 2 * LAYERS  # o_proj and down_proj, whose rows are not split, have the longest chains
-    assert sorted(cells.values()) == [2, long + 1, KINDS * LAYERS - long]  # each with a legend
+    # Each with a legend; chains are longest where no rank splits rows, in o_proj and down_proj.
+    assert sorted(cells.values()) == [2, 2 * LAYERS + 1, (KINDS - 2) * LAYERS]
     for codec, text in DIRECTION_AND_MAGNITUDE.items():
         assert (f"{codec}: {text}." in page.text) == (codec in ("trellis", "int8"))
     directions = page.plots["Error due to directions and to magnitudes"]
-    assert ">direction<" in directions
-    assert ">magnitude<" in directions
+    assert all(f">{part}<" in directions for part in ("direction", "magnitude"))
     distortion = page.plots["Distortion of codebooks by bits per weight"]
     codecs = {book.codebook.spec.codec for book in codebooks_at_hand()}
     assert {"pvq", "trellis", "int8"} <= codecs

@@ -11,7 +11,7 @@ from models import save_model, tiny_config
 from pcdvq_kernels.errors import PCDVQError
 from pcdvq_quantizer.calibration.text import read_documents
 from pcdvq_quantizer.evaluation.data import Sequence, read_passages, read_windows
-from pcdvq_quantizer.plan import text_identity
+from pcdvq_quantizer.texts import text_identity
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 PLAIN = "one two\nthree\n\nfour five six\n"

@@ -29,9 +29,9 @@ from pcdvq_quantizer.finetune.training import OnStep, Trainer, TrainingState, Wi
 from pcdvq_quantizer.identity import fingerprint, paths_of
 from pcdvq_quantizer.limits import check_vocabulary
 from pcdvq_quantizer.output import Output
-from pcdvq_quantizer.plan import text_identity
 from pcdvq_quantizer.progress import Notes, Progress
 from pcdvq_quantizer.record import read_report
+from pcdvq_quantizer.texts import text_identity
 from pcdvq_quantizer.writer import CheckpointWriter
 
 STATE_FILE = "finetune.safetensors"

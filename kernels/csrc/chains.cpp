@@ -9,8 +9,6 @@
 namespace pcdvq {
 namespace {
 
-constexpr uint32_t kFactor = 0x96459645;
-
 // Costs are weights up to kMostWeight times squared distances to targets up to kMostTarget, so that
 // those of a step are less than 2^31 - kMostChainCost.
 constexpr int kMostWeight = 1 << 12;
@@ -32,10 +30,9 @@ Windows make_windows(bool singles, int kept_bits) {
     const int64_t path = window % kept, choice = window / kept;
     const int64_t group = path / kWindowGroup * choices + choice;
     const int64_t at = group * kWindowGroup + path % kWindowGroup;
-    const uint32_t p = uint32_t(window) * kFactor;
-    const int u = int((p & 255) + (p >> 16 & 255) + 1) >> 1;
-    const int v = int((p >> 8 & 255) + (p >> 24) + 1) >> 1;
-    const int a = u - 128, b = v - 128, single = ((u + v + 1) >> 1) - 128;
+    const uint32_t pair = window_pair(uint32_t(window));
+    const int a = int(pair & 255) - 128, b = int(pair >> 8) - 128;
+    const int single = int(window_single(uint32_t(window))) - 128;
     constexpr int kUnit = 1 << kLevelBits;
     if (singles) {
       made.levels[at] = pair_of(single * kUnit, single * single - kNormOffset);

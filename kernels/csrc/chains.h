@@ -7,7 +7,6 @@
 namespace pcdvq {
 
 constexpr int64_t kUnitChains = sizeof(ChainStep::chain) / sizeof(ChainStep::Chain);
-constexpr int64_t kChainWeights = 128;
 
 // Levels and norms of all windows, as ChainStep has them: in groups for 2^kept_bits paths that are
 // kept, by window for kept_bits = kWindowBits. Null if there is no memory.

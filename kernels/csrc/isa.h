@@ -2,6 +2,7 @@
 #pragma once
 
 #include "pcdvq.h"
+#include "trellis_levels.h"
 
 namespace pcdvq {
 
@@ -148,8 +149,7 @@ struct VptqStrip {
   float* sums;   // [tokens, kStripLanes]
 };
 
-// Bits of a window of the computed trellis, and more than any path that can still be the best costs.
-constexpr int kWindowBits = 16;
+// More than any path of the computed trellis costs that can still be the best.
 constexpr int32_t kMostChainCost = 1 << 29;
 
 // Windows have levels that count 2^kLevelBits times, and norms: squared levels less kNormOffset.

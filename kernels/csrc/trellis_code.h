@@ -1,36 +1,17 @@
-// Codec `trellis` (FORMAT.md, "Trellis"): what windows mean, and a decoder for any instruction set.
+// Codec `trellis` (FORMAT.md, "Trellis"): a decoder for any instruction set.
 #pragma once
 
 #include "isa.h"
 #include "numeric.h"
+#include "trellis_levels.h"
 
 namespace pcdvq {
 namespace {
 
-// The multiplier of windows. Its halves are equal, so that the upper half of a product is the lower
-// one plus the high half of window * kTrellisFactor.
-constexpr uint32_t kTrellisFactor = 0x9645;
-constexpr uint32_t kTrellisMultiplier = kTrellisFactor << 16 | kTrellisFactor;
-constexpr int kWindowBits = 16;
-constexpr int kPairColumns = 2;     // of a code
-constexpr int kSinglesFrom = 6;     // bits of a code whose two weights have windows of their own
-constexpr int kChainWeights = 128;  // but for the chains of the last columns
+constexpr int kPairColumns = 2;  // of a code
+constexpr int kSinglesFrom = 6;  // bits of a code whose two weights have windows of their own
 
 inline bool is_trellis(const PcdvqLayout& layout) { return layout.chain_rows > 0; }
-
-inline uint32_t rounded_mean(uint32_t a, uint32_t b) { return (a + b + 1) >> 1; }
-
-// Levels of both columns that a window stands for, plus 128: byte 0, and byte 1 above it.
-inline uint32_t window_pair(uint32_t window) {
-  const uint32_t p = window * kTrellisMultiplier;
-  const uint32_t low = rounded_mean(p & 255, p >> 16 & 255);
-  return low | rounded_mean(p >> 8 & 255, p >> 24) << 8;
-}
-
-inline uint32_t window_single(uint32_t window) {
-  const uint32_t pair = window_pair(window);
-  return rounded_mean(pair & 255, pair >> 8);
-}
 
 // Codes of a weight's rows, whose strips of columns are parts of chains.
 class ChainRows {

@@ -15,7 +15,7 @@ from pcdvq_quantizer.calibration.run import calibrate, check_windows
 from pcdvq_quantizer.calibration.trust import HeldOut
 from pcdvq_quantizer.card import write_model_card
 from pcdvq_quantizer.checkpoints import AnyCheckpoint, open_any_checkpoint
-from pcdvq_quantizer.identity import fingerprint, paths_of, weights_sha256
+from pcdvq_quantizer.identity import fingerprint, paths_of
 from pcdvq_quantizer.launch import launch
 from pcdvq_quantizer.layer import LayerError, QuantizedLayer
 from pcdvq_quantizer.output import Output
@@ -108,9 +108,10 @@ def quantize_model(
         errors = writer.finish(shards, plan.distinct_codebooks)
         config = source.config | {"quantization_config": plan.quantization_config()}
         writer.write_json("config.json", config)
+        identity = fingerprint(source)
         report = {
             "model": source.name,
-            "model_sha256": weights_sha256(source),
+            "model_sha256": identity["model_sha256"],
             "options": asdict(plan.options),
             "seconds": round(time.monotonic() - started, 1),
             "errors": errors,
@@ -120,7 +121,7 @@ def quantize_model(
         }
         writer.write_json(REPORT_FILE, report)
         write_model_card(writer.directory)
-        return writer.publish(fingerprint(source))
+        return writer.publish(identity)
 
 
 def _make_shard(plan: Plan, shard: Shard, writer: CheckpointWriter, progress: Progress) -> None:

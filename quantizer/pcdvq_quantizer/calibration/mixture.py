@@ -141,11 +141,12 @@ def mixed_windows(
     asked = round(CHAT_SHARE[chat.has_template] * wanted.windows)
     read = wanted.windows - asked + wanted.held
     documents: list[list[int]] = []
+    text: Tensor | None = None
     if wanted.calibration != SELF:
         documents = tokenize(tokenizer, read_documents(wanted.calibration))
-        found = sample_windows(tokenizer, documents, read, wanted.length)
-        wanted.check_tokens(found.tolist(), tokenizer)
-        asked = round(asked * max(1, len(found) - wanted.held) / (wanted.windows - asked))
+        text = sample_windows(tokenizer, documents, read, wanted.length)
+        wanted.check_tokens(text.tolist(), tokenizer)
+        asked = round(asked * max(1, len(text) - wanted.held) / (wanted.windows - asked))
     # Nothing is measured on what a base model makes of requests.
     answers = wanted.held if asked and chat.has_template else 0
     asked += answers
@@ -160,8 +161,9 @@ def mixed_windows(
             if own:
                 documents = generate_documents(model, tokenizer, own, wanted.seed, progress)
             conversations = converse(model, chat, asked, wanted.length, wanted.seed, progress)
-    text = Packed.all_alike(sample_windows(tokenizer, documents, read, wanted.length))
-    windows = _mix((TEXT, text, wanted.held), (CHAT, conversations, answers))
+    if text is None:
+        text = sample_windows(tokenizer, documents, read, wanted.length)
+    windows = _mix((TEXT, Packed.all_alike(text), wanted.held), (CHAT, conversations, answers))
     wanted.check_tokens(windows.tokens.tolist(), tokenizer)
     return windows
 
